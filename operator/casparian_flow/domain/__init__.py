@@ -1,0 +1,1 @@
+"""The nouns and rules of the system, without I/O: standard library only."""

@@ -1,0 +1,1 @@
+"""The wire between Sentinel and worker; the grammar is docs/protocol.md."""
