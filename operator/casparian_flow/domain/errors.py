@@ -79,9 +79,7 @@ class SinkError(CasparianError):
         transient: whether the same call may succeed later.
     """
 
-    def __init__(
-        self, message: str, *, hint: str = "", transient: bool = False
-    ) -> None:
+    def __init__(self, message: str, *, hint: str = "", transient: bool = False) -> None:
         super().__init__(message, hint=hint)
         self.transient = transient
 
@@ -91,15 +89,11 @@ class SinkConflictError(SinkError):
 
 
 class InvalidTransitionError(RuntimeError):
-    """A job was asked to make a move that its state does not allow: a bug, told with its history."""
+    """A job was asked to make a move that its state does not allow: a bug, with its history."""
 
-    def __init__(
-        self, job_id: int, start: str, finish: str, history: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, job_id: int, start: str, finish: str, history: Sequence[str] = ()) -> None:
         story = "".join(f"\n  {line}" for line in history)
-        super().__init__(
-            f"job {job_id}: {start} -> {finish} is not a legal move{story}"
-        )
+        super().__init__(f"job {job_id}: {start} -> {finish} is not a legal move{story}")
         self.job_id = job_id
         self.start = start
         self.finish = finish

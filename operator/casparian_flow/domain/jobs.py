@@ -86,12 +86,8 @@ _Q = JobStatus
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     _Q.PENDING: frozenset({_Q.QUEUED, _Q.ABORTED, _Q.SKIPPED}),
     _Q.QUEUED: frozenset({_Q.DISPATCHING, _Q.ABORTED, _Q.SKIPPED, _Q.FAILED}),
-    _Q.DISPATCHING: frozenset(
-        {_Q.RUNNING, _Q.QUEUED, _Q.FAILED, _Q.ABORTED, _Q.SKIPPED}
-    ),
-    _Q.RUNNING: frozenset(
-        {_Q.STAGED, _Q.COMPLETED, _Q.QUEUED, _Q.FAILED, _Q.ABORTED, _Q.SKIPPED}
-    ),
+    _Q.DISPATCHING: frozenset({_Q.RUNNING, _Q.QUEUED, _Q.FAILED, _Q.ABORTED, _Q.SKIPPED}),
+    _Q.RUNNING: frozenset({_Q.STAGED, _Q.COMPLETED, _Q.QUEUED, _Q.FAILED, _Q.ABORTED, _Q.SKIPPED}),
     # FAILED from STAGED is only `job resolve --abandon`, an operator's decision.
     _Q.STAGED: frozenset({_Q.COMPLETED, _Q.FAILED}),
     _Q.COMPLETED: frozenset(),
@@ -100,9 +96,7 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     _Q.SKIPPED: frozenset(),
 }
 
-TERMINAL: frozenset[JobStatus] = frozenset(
-    s for s, nexts in TRANSITIONS.items() if not nexts
-)
+TERMINAL: frozenset[JobStatus] = frozenset(s for s, nexts in TRANSITIONS.items() if not nexts)
 LEASED: frozenset[JobStatus] = frozenset({_Q.DISPATCHING, _Q.RUNNING})
 """A worker holds the job and could still lose it."""
 

@@ -125,9 +125,7 @@ def parse_sink_uri(uri: str) -> SinkAddress:
     elif scheme == "mssql":
         names = path.strip("/").split(".")
         if len(names) > 2 or not all(_IDENTIFIER.fullmatch(n) for n in names):
-            raise UsageError(
-                f"sink URI {uri!r}: want mssql://table or mssql://schema.table"
-            )
+            raise UsageError(f"sink URI {uri!r}: want mssql://table or mssql://schema.table")
         path = path.strip("/")
     elif path.startswith("/"):
         path = "/" + _relative(path.lstrip("/"), uri)
@@ -143,9 +141,7 @@ def parse_sink_uri(uri: str) -> SinkAddress:
             hint="Use one of " + ", ".join(_COMPRESSIONS) + ".",
         )
     chunksize = options.get("chunksize", "10000")
-    if not (
-        chunksize.isascii() and chunksize.isdigit() and 1 <= int(chunksize) <= 1_000_000
-    ):
+    if not (chunksize.isascii() and chunksize.isdigit() and 1 <= int(chunksize) <= 1_000_000):
         raise UsageError(f"sink URI {uri!r}: chunksize wants 1 to 1000000")
     return SinkAddress(
         scheme,
@@ -191,9 +187,7 @@ def _relative(path: str, uri: str) -> str:
     if not parts:
         raise UsageError(f"sink URI {uri!r} names no path")
     if any(p.startswith(".") for p in parts):
-        raise UsageError(
-            f"sink URI {uri!r}: a part begins with a dot; those are kept for stages"
-        )
+        raise UsageError(f"sink URI {uri!r}: a part begins with a dot; those are kept for stages")
     return "/".join(parts)
 
 
@@ -201,9 +195,7 @@ def _options(scheme: str, query: str, uri: str) -> dict[str, str]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
-        raise UsageError(
-            f"sink URI {uri!r}: the part after '?' is not key=value"
-        ) from None
+        raise UsageError(f"sink URI {uri!r}: the part after '?' is not key=value") from None
     options = dict(pairs)
     if len(options) != len(pairs):
         raise UsageError(f"sink URI {uri!r} gives an option twice")
@@ -335,9 +327,7 @@ def output_key(
     )
 
 
-def slice_key(
-    ledger_id: str, location_id: int, plugin: str, topic: str, sink: str
-) -> str:
+def slice_key(ledger_id: str, location_id: int, plugin: str, topic: str, sink: str) -> str:
     """The key of what `replace` replaces: all versions of one file under one plugin and topic."""
     return _digest(ledger_id, str(location_id), plugin, topic, sink)
 

@@ -25,8 +25,7 @@ def path_to_text(path: str | bytes) -> str:
         escaped.encode("utf-8")
     except UnicodeEncodeError:
         return "".join(
-            f"\\x{ord(c) - 0xDC00:02x}" if 0xDC80 <= ord(c) <= 0xDCFF else c
-            for c in escaped
+            f"\\x{ord(c) - 0xDC00:02x}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in escaped
         )
     return escaped
 

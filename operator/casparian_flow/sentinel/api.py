@@ -98,9 +98,7 @@ class ControlApi(Protocol):
     def job_log(self, job_id: int) -> list[Row]:
         """{attempt, log} for each attempt that said something."""
 
-    def submit(
-        self, *, version_id: int, plugin: str, priority: int | None, force: bool
-    ) -> int:
+    def submit(self, *, version_id: int, plugin: str, priority: int | None, force: bool) -> int:
         """Enqueue one job for a file version; `force` raises the generation. Returns its id."""
 
     def cancel_job(self, job_id: int) -> Row:
@@ -112,13 +110,9 @@ class ControlApi(Protocol):
     def resolve_job(self, job_id: int, *, forward: bool) -> Row:
         """Operator's decision on a STAGED job that cannot complete: publish again, or give up."""
 
-    def list_dead_letters(
-        self, *, plugin: str | None = None, limit: int = 50
-    ) -> list[Row]: ...
+    def list_dead_letters(self, *, plugin: str | None = None, limit: int = 50) -> list[Row]: ...
 
-    def replay(
-        self, *, plugin: str | None = None, job_ids: Sequence[int] = ()
-    ) -> list[int]:
+    def replay(self, *, plugin: str | None = None, job_ids: Sequence[int] = ()) -> list[int]:
         """New jobs for dead letters; returns their ids."""
 
     # -- files
