@@ -19,7 +19,8 @@ class Identify:
         worker_id: stable name, for people.
         nonce: fresh per process; a new nonce under an old routing id is a restarted worker.
         capabilities: plugin names, or ["*"].
-        held: [job id, attempt] of everything the worker still works on, queued or running.
+        held: tokens of everything the worker still works on: queued, running, staged, granted,
+            or concluded and not yet acknowledged.
         root_id: id of the output root it writes to.
         slots: jobs it runs at once.
         credit: most jobs it accepts outstanding, at least `slots`.
@@ -30,7 +31,7 @@ class Identify:
     worker_id: str
     nonce: str
     capabilities: list[str] = field(default_factory=lambda: ["*"])
-    held: list[tuple[int, int]] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
     root_id: str = ""
     slots: int = 1
     credit: int = 1
@@ -113,7 +114,7 @@ class Heartbeat:
     """Both ways. W→S: status IDLE, BUSY or DRAINING, and what is held. S→W: status ALIVE."""
 
     status: str
-    held: list[tuple[int, int]] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -143,6 +144,9 @@ class Refuse:
 @dataclass(slots=True)
 class Conclude:
     """W→S: how the attempt ended. Repeated until CONCLUDE_ACK.
+
+    After a GRANT, FAILED means that the sink refuses for good: the job stays STAGED, shown in
+    `status`, until an operator resolves it.
 
     Attributes:
         status: SUCCESS, PARTIAL_SUCCESS, COMPLETED_WITH_WARNINGS, FAILED, REJECTED, ABORTED or
