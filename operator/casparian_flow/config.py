@@ -1,0 +1,364 @@
+"""Settings, read from `global_config.toml`.
+
+The file is looked for in this order: the path given on the command line, `$CASPARIAN_CONFIG`, the
+current folder. Without one, every setting has its default. An environment variable
+`CASPARIAN_<SECTION>__<KEY>` overrides the file. Relative paths are relative to the folder of the
+file (without one: the current folder), so that a command means the same wherever it is started.
+
+    from casparian_flow.config import settings
+    settings.database.db_location
+
+`settings` reads the file when it is first used; importing this module never fails.
+"""
+
+import difflib
+import logging
+import os
+import stat
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from casparian_flow.domain.errors import ConfigError
+
+CONFIG_NAME = "global_config.toml"
+CONFIG_VARIABLE = "CASPARIAN_CONFIG"
+ENVIRONMENT_PREFIX = "CASPARIAN_"
+MAX_CONFIG_BYTES = 1 << 20
+ADDRESS_PATTERN = r"^tcp://[^\s/]+:(\d{1,5}|\*)$"
+
+log = logging.getLogger(__name__)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DatabaseSettings(_Section):
+    """The ledger."""
+
+    db_location: Path = Path("casparian_flow.duckdb")
+    """The ledger's DuckDB file, made on first run. Any file name will do, `.sqlite3` included."""
+    memory_limit_mb: Annotated[int, Field(ge=64, le=1_048_576)] = 512
+    """Mebibytes that DuckDB may use for the ledger; a million jobs fit into the default."""
+
+    @field_validator("db_location", mode="before")
+    @classmethod
+    def _plain_path(cls, value: object) -> object:
+        text = str(value)
+        if "://" in text or text == ":memory:":
+            raise ValueError("wants the path of a file: several processes have to reach the ledger")
+        return value
+
+
+class SentinelSettings(_Section):
+    """The control plane."""
+
+    bind_address: Annotated[str, Field(pattern=ADDRESS_PATTERN)] = "tcp://127.0.0.1:5555"
+    """Where workers connect. Loopback by default: the wire has no encryption of its own."""
+    control_address: Annotated[str, Field(pattern=r"^((ipc|tcp)://\S+)?$")] = ""
+    """Where commands reach the Sentinel. Empty: a socket beside the ledger, for this user only."""
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of the Sentinel's Prometheus metrics on loopback; 0 turns them off."""
+    lease_ttl_seconds: Annotated[float, Field(ge=1, le=3_600)] = 30.0
+    """Seconds of silence after which a worker's jobs go to another; several heartbeats long."""
+    heartbeat_seconds: Annotated[float, Field(ge=0.1, le=600)] = 5.0
+    """Seconds between two heartbeats of a worker."""
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """Retries of a failed job before it becomes a dead letter."""
+    retry_base_seconds: Annotated[float, Field(ge=0.01, le=600)] = 4.0
+    """Base of the delay before retry n, base**n seconds: 4, 16 and 64 by default."""
+    breaker_failures: Annotated[int, Field(ge=1, le=10_000)] = 5
+    """Failures in a row that pause a plugin until `casparian plugin resume`."""
+
+
+class WorkerSettings(_Section):
+    """The processes that run plugins."""
+
+    connect: Annotated[str, Field(pattern=f"{ADDRESS_PATTERN}|^$")] = ""
+    """The Sentinel's address as workers see it. Empty: the address it binds to."""
+    slots: Annotated[int, Field(ge=0, le=1_024)] = 0
+    """Plugins that one worker runs at a time; 0 means one for each processor."""
+    output_root: Path = Path("output")
+    """Folder below which file sinks write. Workers that share it can finish each other's jobs."""
+    scratch: Path | None = None
+    """Folder for copies of inputs and for plugins' own files. Empty: the system's temporary one."""
+    cache_dir: Path | None = None
+    """Folder of plugin environments, kept between runs. Empty: the user's cache folder."""
+    job_timeout_seconds: Annotated[float, Field(ge=1, le=604_800)] = 300.0
+    """Seconds after which a plugin that still runs is stopped."""
+    memory_mb: Annotated[int, Field(ge=64, le=1_048_576)] = 2_048
+    """Mebibytes that one plugin with its children may use."""
+    pids: Annotated[int, Field(ge=1, le=32_768)] = 64
+    """Processes and threads that one plugin may have."""
+    log_kb: Annotated[int, Field(ge=1, le=1_024)] = 64
+    """Kibibytes kept of what a plugin prints in one job; the end is kept."""
+    recycle_after: Annotated[int, Field(ge=1, le=10_000_000)] = 1_000
+    """Files that one plugin process serves before a fresh one takes over."""
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """Seconds that running jobs may go on when a worker is asked to stop."""
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of the worker's Prometheus metrics on loopback; 0 turns them off."""
+
+
+class ScoutSettings(_Section):
+    """Watching the source roots."""
+
+    interval_seconds: Annotated[float, Field(ge=0.1, le=86_400)] = 10.0
+    """Seconds between two scans of a root; file system events only make the next one sooner."""
+    settle_seconds: Annotated[float, Field(ge=0, le=86_400)] = 2.0
+    """Seconds a file must have stood still before it is read, so that none is taken half-written.
+    A root may have a value of its own."""
+
+
+class MssqlSettings(_Section):
+    """The server behind `mssql://` sinks."""
+
+    server: str = ""
+    """Host name of the SQL Server."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 1433
+    """TCP port of the SQL Server."""
+    user: str = ""
+    """Login name."""
+    password: SecretStr = SecretStr("")
+    """Password; better in `CASPARIAN_SINKS__MSSQL__PASSWORD`, which leaves no copy on disk."""
+    database: str = ""
+    """Database in which the tables are."""
+
+
+class SinksSettings(_Section):
+    """Connections of the sinks that need one."""
+
+    mssql: MssqlSettings = MssqlSettings()
+
+
+class LoggingSettings(_Section):
+    """What the services say about themselves."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severity that is logged."""
+
+
+class SandboxSettings(_Section):
+    """What must hold around a plugin."""
+
+    require: tuple[str, ...] = ()
+    """Measures without which a worker refuses to run plugins. Empty: what the system allows is
+    applied, and `casparian status` shows the rest."""
+
+
+class Settings(BaseSettings):
+    """All settings, one attribute for each section of the file."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+    )
+
+    database: DatabaseSettings = DatabaseSettings()
+    sentinel: SentinelSettings = SentinelSettings()
+    worker: WorkerSettings = WorkerSettings()
+    scout: ScoutSettings = ScoutSettings()
+    sinks: SinksSettings = SinksSettings()
+    logging: LoggingSettings = LoggingSettings()
+    sandbox: SandboxSettings = SandboxSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file, whose values come in as arguments."""
+        return env_settings, init_settings
+
+
+def config_path(given: str | os.PathLike[str] | None = None) -> tuple[Path, bool]:
+    """Where the configuration file is, and whether somebody asked for that very file."""
+    named = os.fspath(given) if given else os.environ.get(CONFIG_VARIABLE, "")
+    if named:
+        return Path(named).absolute(), True
+    return Path.cwd() / CONFIG_NAME, False
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Read and check the settings; paths in the result are absolute.
+
+    Args:
+        path: the file; None looks for it as the module's docstring says.
+
+    Raises:
+        ConfigError: a file that was asked for is missing, is no readable TOML of at most
+            MAX_CONFIG_BYTES, or has an unknown key or a value that does not fit.
+    """
+    file, asked = config_path(path)
+    try:
+        text = _read(file)
+    except FileNotFoundError:
+        if asked:
+            raise ConfigError(
+                f"there is no configuration file {file}",
+                hint="Make one with 'casparian init', or correct the path.",
+            ) from None
+        log.info("no %s in %s: every setting has its default", CONFIG_NAME, file.parent)
+        text = ""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{file} is not valid TOML: {error}", hint="Correct the line named above."
+        ) from error
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deeply") from None
+    try:
+        loaded = Settings(**values)
+    except ValidationError as error:
+        raise _explained(error, file, values) from error
+    except ValueError as error:
+        # pydantic-settings refuses an unreadable environment variable in this way.
+        raise ConfigError(
+            str(error), hint=f"Correct the {ENVIRONMENT_PREFIX}* variables."
+        ) from error
+    return _anchored(loaded, file.parent)
+
+
+def _read(file: Path) -> str:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{file} is no regular file")
+            raw = stream.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 (byte {error.start})") from error
+
+
+def _explained(error: ValidationError, file: Path, values: Mapping[str, Any]) -> ConfigError:
+    problems: list[str] = []
+    hints: list[str] = []
+    for item in error.errors(include_url=False):
+        location = [str(part) for part in item["loc"]]
+        origin = str(file) if _present(values, location) else f"{file} or the environment"
+        section, key = ".".join(location[:-1]), location[-1]
+        place = f"in section [{section}]" if section else "at the top level"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{origin}: unknown key {key!r} {place}")
+            hints.append(_suggestion(location))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if key == "password" else f" (found {item['input']!r})"
+            problems.append(f"{origin}: key {key!r} {place}: {message}{found}")
+    return ConfigError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)) or _VALUE_HINT)
+
+
+_VALUE_HINT = "docs/configuration.md lists every key with its unit and range."
+
+
+def _present(values: Mapping[str, Any], location: list[str]) -> bool:
+    node: Any = values
+    for part in location:
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _suggestion(location: list[str]) -> str:
+    model: type[BaseModel] = Settings
+    for part in location[:-1]:
+        inner = model.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return _VALUE_HINT
+        model = inner
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    homes = [f"[{section}]" for section, key, _ in keys() if key == location[-1]]
+    if homes:
+        return f"{location[-1]!r} belongs into {homes[0]}."
+    return "Known there: " + ", ".join(known) + "."
+
+
+def _anchored(loaded: Settings, folder: Path) -> Settings:
+    """Make every path absolute, from the configuration file's folder."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else folder / path.expanduser()
+
+    location = cast(Path, absolute(loaded.database.db_location))
+    worker = loaded.worker
+    return loaded.model_copy(
+        update={
+            "database": loaded.database.model_copy(update={"db_location": location}),
+            "worker": worker.model_copy(
+                update={
+                    "output_root": absolute(worker.output_root),
+                    "scratch": absolute(worker.scratch),
+                    "cache_dir": absolute(worker.cache_dir),
+                }
+            ),
+        }
+    )
+
+
+def keys(
+    model: type[BaseModel] = Settings, section: str = ""
+) -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every (section, key, field), sections in the order of the file."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{section}.{name}" if section else name)
+        else:
+            yield section, name, field
+
+
+def type_name(annotation: Any) -> str:
+    """A setting's type in a reader's words."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in {Union, types.UnionType}:
+        return type_name(next(a for a in get_args(annotation) if a is not type(None)))
+    if origin is tuple:
+        return "list of text"
+    names = {int: "whole number", float: "number", Path: "path"}
+    return names.get(annotation, "text")
+
+
+class _LazySettings:
+    """Stands for the settings until somebody asks for one."""
+
+    def __init__(self) -> None:
+        self._loaded: Settings | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._loaded is None:
+            self._loaded = load_settings()
+        return getattr(self._loaded, name)
+
+
+settings: Settings = cast(Settings, _LazySettings())
+"""The settings of this process, read on first use."""
