@@ -7,6 +7,7 @@ import msgspec
 from casparian_flow.domain.errors import ProtocolError
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.frames import Frame, Op, unpack
+from casparian_flow.protocol.limits import INT_MAX, bound
 
 MESSAGE_OF: dict[Op, type[Any]] = {
     Op.IDENTIFY: m.Identify,
@@ -43,12 +44,15 @@ def decode(frame: Frame) -> m.Message:
     """The message in a frame.
 
     Raises:
-        ProtocolError: the payload is not JSON of the op's shape.
+        ProtocolError: the payload is not JSON of the op's shape, or exceeds its limits.
     """
     try:
         message: m.Message = _DECODERS[frame.op].decode(frame.payload or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"{frame.op.name}: {error}") from error
+    if frame.job_id > INT_MAX:
+        raise ProtocolError(f"{frame.op.name}: job id {frame.job_id} is too large")
+    bound(message)
     return message
 
 
