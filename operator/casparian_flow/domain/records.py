@@ -61,6 +61,8 @@ class Job:
     retry_of: JobId | None = None
     manifest: tuple[OutputEntry, ...] = ()
     created_us: int = 0
+    losses: int = 0
+    """Workers lost while they held it; kept in memory only."""
 
 
 @dataclass(frozen=True, slots=True)
