@@ -561,7 +561,7 @@ class Broker:
             return
         lease = self.leases[job.job_id]
         if job.status is JobStatus.STAGED:
-            self._send(identity, job.job_id, m.Grant(message.token))
+            self._send_now(identity, job.job_id, m.Grant(message.token))
             return
         if lease.granting is not None:
             return
@@ -631,7 +631,7 @@ class Broker:
             if owner is None:
                 self._orphans.add(job.job_id)
             else:
-                self._send(owner, job.job_id, m.Grant(job.token))
+                self._send_now(owner, job.job_id, m.Grant(job.token))
             for cancel in cancels:
                 self._reply(cancel.reply, outcome="too_late", status=job.status)
             return
