@@ -1,0 +1,1 @@
+"""What finds files and wires plugins: Scout, routing, Architect and publisher."""
