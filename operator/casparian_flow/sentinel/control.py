@@ -1,0 +1,231 @@
+"""Asking the control plane from another process: `connect`, and the client of the socket.
+
+    with connect("casparian_flow.duckdb") as control:
+        control.status()
+
+`connect` asks the Sentinel that owns the ledger. If none runs, it opens the ledger in this
+process and carries the same operations out here, so that a command works either way.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from casparian_flow.domain.errors import (
+    ProtocolError,
+    SentinelUnreachableError,
+    UsageError,
+)
+from casparian_flow.sentinel.api import ControlApi
+from casparian_flow.sentinel.control_codec import (
+    OPERATIONS,
+    REPLY_BYTES_MAX,
+    Operation,
+    decode_reply,
+    encode_request,
+    result_of,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
+LONG_TIMEOUT_S = 3600.0
+LONG = frozenset(
+    {"snapshot", "export", "check", "inventory", "commit_chunk", "finish_scan", "backfill"}
+)
+"""Operations whose time grows with the ledger."""
+START_WAIT_S = 10.0
+"""How long a Sentinel may hold the ledger before it answers on its socket."""
+_UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_DOWN = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+
+
+class ControlClient(ControlApi, Protocol):
+    """ControlApi that can be closed; also a context manager."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class _Channel:
+    """One connection, used by one call at a time. It knows when the other end goes away."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._address = address
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, REPLY_BYTES_MAX)
+        self._monitor = self.socket.get_monitor_socket(_UP | _DOWN)
+        self._poller = zmq.Poller()
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            self.socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise UsageError(
+                f"{address!r} is no address of a control socket: {error.strerror}",
+                hint="Use ipc://PATH or tcp://HOST:PORT (control_address).",
+            ) from error
+
+    def await_connection(self) -> None:
+        """Raises:
+        SentinelUnreachableError: nobody answers at the address.
+        """
+        if not self._poller.poll(int(CONNECT_TIMEOUT_S * 1000)) or not self._event() & _UP:
+            raise SentinelUnreachableError(
+                f"no Sentinel answers at {self._address}",
+                hint="Start one with `casparian start` or `casparian sentinel`.",
+            )
+        self._poller.register(self.socket, zmq.POLLIN)
+
+    def receive(self, what: str, timeout_s: float) -> list[bytes]:
+        """The next reply's frames.
+
+        Raises:
+            SentinelUnreachableError: the connection ended or the time is over.
+        """
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self.socket in ready:
+            return self.socket.recv_multipart()
+        unknown = "Whether it was carried out is not known: look with `casparian status`."
+        if ready:
+            raise SentinelUnreachableError(f"the Sentinel went away during {what}", hint=unknown)
+        raise SentinelUnreachableError(
+            f"the Sentinel did not answer {what} within {timeout_s:g} seconds", hint=unknown
+        )
+
+    def alive(self) -> bool:
+        """Whether the other end has not gone away since the last call."""
+        return not self._monitor.poll(0)
+
+    def _event(self) -> int:
+        return int(recv_monitor_message(self._monitor)["event"])
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close(0)
+        self.socket.close(0)
+
+
+class RemoteControl:
+    """Every method of ControlApi, carried out by the Sentinel at `address`.
+
+    Safe for several threads: each call takes a connection of its own from a pool.
+
+    Args:
+        address: `ipc://path` or `tcp://host:port`.
+        timeout_s: of every call; None = by operation, 60 seconds or an hour.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float | None = None) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._idle: list[_Channel] = []
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+
+    def call(self, name: str, *args: object, **kwargs: object) -> Any:
+        """Ask for one operation.
+
+        Raises:
+            CasparianError: the error that the Sentinel answered with, as its own class.
+            SentinelUnreachableError: no Sentinel, or no answer in time.
+            ProtocolError: an answer that is none.
+        """
+        operation = OPERATIONS[name]
+        arguments = operation.signature.bind(*args, **kwargs).arguments
+        number = next(self._numbers)
+        request = encode_request(number, operation, arguments)
+        channel = self._take()
+        try:
+            channel.socket.send(request)
+            frames = channel.receive(name, self._patience_s(operation))
+            reply = decode_reply(frames)
+            if reply.id not in (number, 0):
+                raise ProtocolError(f"{name}: the reply answers another request")
+        except BaseException:
+            # A reply may still come to this connection; only a fresh one is free of it.
+            channel.close()
+            raise
+        with self._lock:
+            self._idle.append(channel)
+        return result_of(operation, reply, frames)
+
+    def _patience_s(self, operation: Operation) -> float:
+        if self._timeout_s is not None:
+            return self._timeout_s
+        return LONG_TIMEOUT_S if operation.name in LONG else TIMEOUT_S
+
+    def _take(self) -> _Channel:
+        while True:
+            with self._lock:
+                channel = self._idle.pop() if self._idle else None
+            if channel is None:
+                break
+            if channel.alive():
+                return channel
+            channel.close()
+        channel = _Channel(self._context, self.address)
+        try:
+            channel.await_connection()
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def close(self) -> None:
+        with self._lock:
+            for channel in self._idle:
+                channel.close()
+            self._idle.clear()
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _stub(name: str) -> Callable[..., Any]:
+    def method(self: RemoteControl, *args: object, **kwargs: object) -> Any:
+        return self.call(name, *args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = getattr(ControlApi, name).__doc__
+    return method
+
+
+for _name in OPERATIONS:
+    setattr(RemoteControl, _name, _stub(_name))
+
+
+def remote(address: str, *, timeout_s: float | None = None) -> ControlClient:
+    """A RemoteControl under its static type. Connects with the first call."""
+    return cast(ControlClient, RemoteControl(address, timeout_s=timeout_s))
