@@ -492,6 +492,8 @@ class Broker:
             message.pid,
             message.version,
         )
+        # After a restart the ledger knows what this process was leased.
+        worker.held = {job_id for job_id, x in self.leases.items() if x.owner == identity}
         self.workers[identity] = worker
         self.counters["workers_registered"] += 1
         return worker
@@ -537,12 +539,7 @@ class Broker:
                 job.owner = worker.identity.hex()
                 worker.held.add(job.job_id)
             lease.expires = expires
-        mine = worker.held | {
-            job_id
-            for job_id, lease in self.leases.items()
-            if grace_s == 0.0 and lease.owner == worker.identity
-        }
-        for job_id in sorted(mine - listed):
+        for job_id in sorted(worker.held - listed):
             lease = self.leases[job_id]
             if lease.granting is None and lease.since + grace_s <= now.mono:
                 self._lease_lost(self.jobs[job_id], lease, now, "its worker no longer holds it")
