@@ -19,9 +19,17 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -31,7 +39,7 @@ CONFIG_NAME = "global_config.toml"
 CONFIG_VARIABLE = "CASPARIAN_CONFIG"
 ENVIRONMENT_PREFIX = "CASPARIAN_"
 MAX_CONFIG_BYTES = 1 << 20
-ADDRESS_PATTERN = r"^tcp://[^\s/]+:(\d{1,5}|\*)$"
+ADDRESS_PATTERN = r"^tcp://[^\s/]+:\d{1,5}$"
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +84,12 @@ class SentinelSettings(_Section):
     """Base of the delay before retry n, base**n seconds: 4, 16 and 64 by default."""
     breaker_failures: Annotated[int, Field(ge=1, le=10_000)] = 5
     """Failures in a row that pause a plugin until `casparian plugin resume`."""
+
+    @model_validator(mode="after")
+    def _leases_outlive_heartbeats(self) -> Self:
+        if self.lease_ttl_seconds <= 2 * self.heartbeat_seconds:
+            raise ValueError("lease_ttl_seconds must be more than twice heartbeat_seconds")
+        return self
 
 
 class WorkerSettings(_Section):
@@ -231,6 +245,30 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
             str(error), hint=f"Correct the {ENVIRONMENT_PREFIX}* variables."
         ) from error
     return _anchored(loaded, file.parent)
+
+
+def overridden(base: Settings, section: str, **values: object) -> Settings:
+    """The settings with some keys of one section replaced; None leaves a key as it is.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    current: BaseModel = getattr(base, section)
+    try:
+        changed = type(current).model_validate({**current.model_dump(), **given})
+    except ValidationError as error:
+        raise _explained(error, Path("the command line"), {}) from error
+    return base.model_copy(update={section: changed})
+
+
+def worker_address(base: Settings) -> str:
+    """Where a worker on this machine finds the Sentinel."""
+    if base.worker.connect:
+        return base.worker.connect
+    host, _, port = base.sentinel.bind_address.removeprefix("tcp://").rpartition(":")
+    everywhere = host in {"*", "0.0.0.0"}  # noqa: S104 - compared with, not bound to
+    return f"tcp://{'127.0.0.1' if everywhere else host}:{port}"
 
 
 def _read(file: Path) -> str:

@@ -1,0 +1,81 @@
+# Everything runs in .venv; `make setup` makes it, and every other target calls that first.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+UV := $(BIN)/uv
+STAMP := .venv/.synced
+NEXT_DUCKDB := duckdb==2.0.0
+export UV_PYTHON_DOWNLOADS := never
+unexport VIRTUAL_ENV
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint typecheck imports unit next-duckdb format docs demo wheel clean
+
+# List the targets.
+help:
+	@awk '/^# /{text=substr($$0,3)} /^[a-z][a-z-]*:/{if(text){sub(/:.*/,"");printf "  make %-12s %s\n",$$0,text}; text=""} /^$$/{text=""}' Makefile
+
+# Make .venv with the locked dependencies (needs Python 3.11+ and a package index).
+setup: $(STAMP)
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with make PYTHON=...")'
+	@echo "== making .venv"
+	@$(PYTHON) tools/bootstrap.py .venv uv==$(UV_VERSION)
+
+$(STAMP): $(UV) uv.lock pyproject.toml
+	@echo "== installing the locked dependencies"
+	@$(UV) sync --frozen --inexact --quiet
+	@touch $(STAMP)
+
+# Run every check and every test; what CI runs.
+test: lint typecheck imports unit next-duckdb
+	@printf '\nall green\n'
+
+# Check style and layout with ruff.
+lint: setup
+	@printf '\n== ruff\n'
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+# Check types with mypy --strict.
+typecheck: setup
+	@printf '\n== mypy --strict\n'
+	@$(BIN)/mypy
+
+# Check who imports whom.
+imports: setup
+	@printf '\n== import rules\n'
+	@$(BIN)/lint-imports --no-cache
+
+# Run pytest over all suites.
+unit: setup
+	@printf '\n== pytest\n'
+	@$(BIN)/pytest -q
+
+# Run the ledger's tests on the next major version of DuckDB.
+next-duckdb: setup
+	@printf '\n== the ledger on %s\n' '$(NEXT_DUCKDB)'
+	@$(UV) run --frozen --isolated --quiet --with '$(NEXT_DUCKDB)' pytest -q -p no:cacheprovider $$(ls tests/unit/test_db_*.py tests/integration/test_ledger_*.py tests/contract/test_ledger_*.py)
+
+# Reformat the sources.
+format: setup
+	@$(BIN)/ruff check --fix --quiet; $(BIN)/ruff format
+
+# Write the tables of docs/configuration.md and docs/cli.md anew.
+docs: setup
+	@$(BIN)/python tools/reference.py
+
+# Show the whole flow on real files; leaves its results in ./demo.
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+# Build the wheel and the source archive into dist/.
+wheel: setup
+	@$(UV) build --quiet && ls dist
+
+# Remove what the other targets made.
+clean:
+	@rm -rf .venv build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""What every command shares: the settings, the way to the control plane, the form of output."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from casparian_flow.config import Settings, load_settings
+from casparian_flow.domain.errors import UsageError
+from casparian_flow.domain.paths import path_to_text
+from casparian_flow.sentinel.api import ControlApi, Row
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def connect(settings: Settings) -> ControlApi:
+    """The running Sentinel's control API, or the ledger opened in this process."""
+    from casparian_flow.sentinel.control import connect as connect_control
+
+    return connect_control(settings)
+
+
+@dataclass
+class App:
+    """State of one invocation.
+
+    Attributes:
+        connector: how the control plane is reached; tests put a double here.
+        output: "table" for people or "json" for programs.
+    """
+
+    config: Path | None = None
+    debug: bool = False
+    output: str = "table"
+    connector: Callable[[Settings], ControlApi] = connect
+    _settings: Settings | None = field(default=None, repr=False)
+    _control: ControlApi | None = field(default=None, repr=False)
+
+    @property
+    def settings(self) -> Settings:
+        """Raises ConfigError."""
+        if self._settings is None:
+            self._settings = load_settings(self.config)
+        return self._settings
+
+    @property
+    def control(self) -> ControlApi:
+        """Connected on first use; closed at the end of the command."""
+        if self._control is None:
+            self._control = self.connector(self.settings)
+        return self._control
+
+    @property
+    def json(self) -> bool:
+        return self.output == "json"
+
+    def close(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            close = getattr(control, "close", None)
+            if close is not None:
+                close()
+
+
+pass_app = click.make_pass_decorator(App)
+
+
+def _choose_output(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.ensure_object(App).output = value
+
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    expose_value=False,
+    callback=_choose_output,
+    help="Form of the answer: a table for people (default) or JSON for programs.",
+)
+
+
+def limit_option(default: int = 50) -> Callable[[F], F]:
+    return click.option(
+        "--limit",
+        type=click.IntRange(1, 100_000),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help="Show at most N.",
+    )
+
+
+def absolute_text(path: str) -> str:
+    """The path as the ledger writes it: absolute, as text."""
+    return path_to_text(str(Path(path).absolute()))
+
+
+def source_named(control: ControlApi, path: str) -> Row:
+    """The source root at `path`.
+
+    Raises:
+        UsageError: no such root.
+    """
+    wanted = path_to_text(str(Path(path).resolve()))
+    for row in control.list_sources():
+        if row.get("path") in {wanted, absolute_text(path), path}:
+            return row
+    raise UsageError(
+        f"{path} is not a source root", hint=f"Add it with 'casparian source add {path}'."
+    )

@@ -1,0 +1,125 @@
+"""`casparian sql` and `casparian ledger`."""
+
+import csv
+import io
+from pathlib import Path
+
+import click
+
+from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.output import note, one_line, show_data, show_table, to_json
+from casparian_flow.domain.errors import CasparianError, ConflictError, UsageError
+
+
+@click.command()
+@click.argument("query")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Show at most N rows; 0 shows all.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    help="Form of the answer.",
+)
+@pass_app
+def sql(app: App, query: str, limit: int, form: str) -> None:
+    """Ask the ledger with one SELECT. QUERY '-' is read from standard input.
+
+    The query runs on a consistent copy, read-only and without access to other files. DuckDB's
+    SQL is understood; grouping by a table's primary key allows its other columns as well.
+
+    \b
+    Examples:
+      casparian sql "SELECT status, count(*) FROM cf_processing_queue GROUP BY status"
+      casparian sql -o csv - < timeline.sql
+    """
+    from casparian_flow.db.readonly import select
+
+    text = click.get_text_stream("stdin").read() if query == "-" else query
+    snapshot = Path(app.control.snapshot())
+    try:
+        answer = select(snapshot, text, limit=limit)
+    finally:
+        snapshot.unlink(missing_ok=True)
+    if form == "json":
+        names = answer.columns
+        click.echo(to_json([dict(zip(names, row, strict=True)) for row in answer.rows]))
+    elif form == "csv":
+        text_rows = io.StringIO()
+        writer = csv.writer(text_rows, lineterminator="\n")
+        writer.writerow(answer.columns)
+        writer.writerows(answer.rows)
+        click.echo(text_rows.getvalue(), nl=False)
+    else:
+        cells = [["" if v is None else one_line(str(v)) for v in row] for row in answer.rows]
+        show_table(answer.columns, cells)
+    if answer.more:
+        note(f"only the first {limit} rows are shown; --limit 0 shows all")
+
+
+@click.group()
+def ledger() -> None:
+    """Check the ledger, or carry its history elsewhere."""
+
+
+@ledger.command("check")
+@output_option
+@pass_app
+def ledger_check(app: App) -> None:
+    """Check the rules that hold between the ledger's tables. Exit code 1 if one is broken."""
+    broken = app.control.check()
+    show_data(
+        app,
+        {"sound": not broken, "broken": broken},
+        "\n".join(broken) if broken else "the ledger is sound",
+    )
+    if broken:
+        raise click.exceptions.Exit(CasparianError.exit_code)
+
+
+@ledger.command("export")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@output_option
+@pass_app
+def ledger_export(app: App, folder: Path) -> None:
+    """Write the whole history to FOLDER, as Parquet files that any version can import."""
+    result = app.control.export(str(folder.absolute()))
+    tables = result.get("tables") or {}
+    rows = sum(tables.values())
+    show_data(app, result, f"{rows} rows of {len(tables)} tables are in {folder}")
+
+
+@ledger.command("import")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@output_option
+@pass_app
+def ledger_import(app: App, folder: Path) -> None:
+    """Make a new ledger from what 'ledger export' wrote to FOLDER.
+
+    The ledger named in the configuration must not exist yet, and no Sentinel may run.
+    """
+    from casparian_flow.db.ledger import Ledger
+    from casparian_flow.domain.clock import SystemClock
+
+    location = app.settings.database.db_location
+    if location.exists():
+        raise ConflictError(
+            f"{location} exists already",
+            hint="Move it away, or name another file as [database] db_location.",
+        )
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    with_rows = Ledger.open(location, clock=SystemClock())
+    try:
+        tables = with_rows.import_from(folder)
+    finally:
+        with_rows.close()
+    show_data(app, {"ledger": str(location), "tables": tables}, f"imported into {location}")

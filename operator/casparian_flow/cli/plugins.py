@@ -1,0 +1,283 @@
+"""Plugins and their wiring: topics, rules, backfill."""
+
+from pathlib import Path
+
+import click
+
+from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.output import (
+    Column,
+    note,
+    one_line,
+    short_hash,
+    short_time,
+    show_data,
+    show_pairs,
+    show_rows,
+    to_json,
+    yes_no,
+)
+from casparian_flow.domain.errors import NotFoundError, UsageError
+from casparian_flow.domain.outputs import SinkMode
+
+PLUGIN_COLUMNS = (
+    Column("plugin_name", "PLUGIN"),
+    Column("version", "VERSION"),
+    Column("status", "STATUS"),
+    Column("paused", "PAUSED", yes_no),
+    Column("subscription_tags", "TAGS"),
+    Column("artifact_hash", "ARTIFACT", short_hash),
+    Column("deployed_at", "DEPLOYED", short_time),
+)
+TOPIC_COLUMNS = (
+    Column("plugin_name", "PLUGIN"),
+    Column("topic_name", "TOPIC"),
+    Column("uri", "SINK"),
+    Column("mode", "MODE"),
+    Column("schema_json", "CONTRACT", yes_no),
+)
+RULE_COLUMNS = (
+    Column("id", "ID", right=True),
+    Column("pattern", "PATTERN"),
+    Column("tag", "TAG"),
+    Column("priority", "PRIORITY", right=True),
+    Column("origin", "MADE BY"),
+)
+MAX_CONTRACT_BYTES = 1 << 20
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--version", "version", required=True, metavar="V", help="Version, such as 1.0.0.")
+@click.option("--name", default="", help="Plugin name. Default: from MANIFEST, else the file name.")
+@click.option("--publisher", default="", help="Who publishes; recorded with the version.")
+@output_option
+@pass_app
+def publish(app: App, file: Path, version: str, name: str, publisher: str) -> None:
+    """Deploy the plugin in FILE: its MANIFEST becomes a rule, topics and subscriptions.
+
+    A 'uv.lock' beside FILE gives the plugin an environment of its own. Versions are immutable:
+    changed code needs a new one.
+
+    \b
+    Example:
+      casparian publish my_plugin.py --version 1.0.0
+    """
+    from casparian_flow.services.publisher import publish as publish_plugin
+
+    row = publish_plugin(app.control, file, version=version, name=name, publisher=publisher)
+    show_data(app, row, str(row.get("message", "published")))
+
+
+@click.command()
+@output_option
+@pass_app
+def plugins(app: App) -> None:
+    """List the deployed plugins."""
+    show_rows(
+        app,
+        app.control.list_plugins(),
+        PLUGIN_COLUMNS,
+        empty="no plugin yet: 'casparian publish FILE --version 1.0.0'",
+    )
+
+
+@click.group()
+def plugin() -> None:
+    """Look at one plugin, pause or resume it."""
+
+
+@plugin.command("show")
+@click.argument("name")
+@output_option
+@pass_app
+def plugin_show(app: App, name: str) -> None:
+    """Show the versions of plugin NAME and its wiring."""
+    control = app.control
+    rows = [row for row in control.list_plugins() if row.get("plugin_name") == name]
+    if not rows:
+        raise NotFoundError(f"no plugin {name!r}", hint="'casparian plugins' lists them.")
+    topics_of = [row for row in control.list_topics() if row.get("plugin_name") == name]
+    if app.json:
+        click.echo(to_json({"versions": rows, "topics": topics_of}))
+        return
+    for row in rows:
+        show_pairs(
+            (key.replace("_", " "), str(value))
+            for key, value in row.items()
+            if value not in {None, ""} and key != "source_code"
+        )
+    click.echo()
+    show_rows(app, topics_of, TOPIC_COLUMNS, empty="no topics")
+
+
+@plugin.command("pause")
+@click.argument("name")
+@click.option(
+    "--reason", default="paused by an operator", show_default=True, help="Kept and shown."
+)
+@output_option
+@pass_app
+def plugin_pause(app: App, name: str, reason: str) -> None:
+    """Start no more jobs of plugin NAME. Running ones finish."""
+    app.control.pause_plugin(name, reason=reason)
+    show_data(app, {"plugin": name, "paused": True, "reason": reason}, f"{name} is paused")
+
+
+@plugin.command("resume")
+@click.argument("name")
+@output_option
+@pass_app
+def plugin_resume(app: App, name: str) -> None:
+    """Run plugin NAME again after a pause, or after too many failures in a row."""
+    app.control.resume_plugin(name)
+    show_data(app, {"plugin": name, "paused": False}, f"{name} runs again")
+
+
+@click.command()
+@click.argument("name", metavar="PLUGIN")
+@click.option("--execute", is_flag=True, help="Queue the jobs; without it they are only counted.")
+@click.option("--force", is_flag=True, help="Also for versions that this plugin version has done.")
+@output_option
+@pass_app
+def backfill(app: App, name: str, execute: bool, force: bool) -> None:
+    """Queue jobs of PLUGIN for file versions that were seen before it was deployed.
+
+    Only a file's current version can be processed; versions whose bytes are gone are listed.
+    """
+    result = app.control.backfill(name, execute=execute, force=force)
+    count, gone = result.get("jobs", 0), result.get("bytes_gone") or []
+    told = f"{count} jobs queued" if execute else f"{count} jobs would be queued; add --execute"
+    show_data(app, result, told)
+    if gone and not app.json:
+        note(f"{len(gone)} versions can no longer be processed, their bytes are gone:")
+        for path in gone:
+            note(f"  {one_line(str(path))}")
+
+
+@click.group(invoke_without_command=True)
+@output_option
+@click.pass_context
+def topics(context: click.Context) -> None:
+    """List where each topic goes, or change it ('topics set')."""
+    if context.invoked_subcommand is None:
+        context.invoke(topics_list)
+
+
+@topics.command("list")
+@output_option
+@pass_app
+def topics_list(app: App) -> None:
+    """List the sinks of every topic."""
+    show_rows(
+        app,
+        app.control.list_topics(),
+        TOPIC_COLUMNS,
+        empty="no topic yet; publishing a plugin makes them",
+    )
+
+
+@topics.command("set")
+@click.argument("plugin_name", metavar="PLUGIN")
+@click.argument("topic")
+@click.argument("uri")
+@click.option(
+    "--mode",
+    type=click.Choice([m.value for m in SinkMode]),
+    default=SinkMode.APPEND.value,
+    show_default=True,
+    help="append keeps the rows of every version, replace those of the newest, error refuses.",
+)
+@click.option(
+    "--schema",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON file with the topic's contract.",
+)
+@output_option
+@pass_app
+def topics_set(
+    app: App, plugin_name: str, topic: str, uri: str, mode: str, schema: Path | None
+) -> None:
+    """Send TOPIC of PLUGIN to the sink URI ('*' stands for topics without one of their own).
+
+    \b
+    Examples:
+      casparian topics set sales sales_data parquet://sales
+      casparian topics set sales sales_data sqlite:///srv/data/sales.db --mode replace
+    """
+    app.control.set_topic(plugin_name, topic, uri=uri, mode=mode, schema_json=_contract(schema))
+    show_data(
+        app,
+        {"plugin_name": plugin_name, "topic_name": topic, "uri": uri, "mode": mode},
+        f"{plugin_name}: {topic} goes to {uri} ({mode})",
+    )
+
+
+def _contract(schema: Path | None) -> str:
+    if schema is None:
+        return ""
+    try:
+        with schema.open("rb") as stream:
+            raw = stream.read(MAX_CONTRACT_BYTES + 1)
+        if len(raw) > MAX_CONTRACT_BYTES:
+            raise UsageError(f"{schema} is larger than {MAX_CONTRACT_BYTES} bytes")
+        return raw.decode()
+    except OSError as error:
+        raise UsageError(f"{schema}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{schema} is not UTF-8 text") from error
+
+
+@click.group(invoke_without_command=True)
+@output_option
+@click.pass_context
+def rules(context: click.Context) -> None:
+    """List the rules that tag files, or change them ('rules add', 'rules remove')."""
+    if context.invoked_subcommand is None:
+        context.invoke(rules_list)
+
+
+@rules.command("list")
+@output_option
+@pass_app
+def rules_list(app: App) -> None:
+    """List the routing rules."""
+    show_rows(
+        app,
+        app.control.list_rules(),
+        RULE_COLUMNS,
+        empty="no rule yet; publishing a plugin makes one from its MANIFEST",
+    )
+
+
+@rules.command("add")
+@click.argument("pattern")
+@click.argument("tag")
+@click.option(
+    "--priority", type=int, default=50, show_default=True, help="Of the jobs it leads to."
+)
+@output_option
+@pass_app
+def rules_add(app: App, pattern: str, tag: str, priority: int) -> None:
+    """Give files that match PATTERN (as in .gitignore) the tag TAG.
+
+    \b
+    Example:
+      casparian rules add 'sales/**/*.csv' csv
+    """
+    new = app.control.add_rule(pattern, tag, priority=priority)
+    show_data(
+        app,
+        {"id": new, "pattern": pattern, "tag": tag, "priority": priority},
+        f"rule {new}: files like {pattern} are tagged {tag}",
+    )
+
+
+@rules.command("remove")
+@click.argument("rule_id", type=click.IntRange(1))
+@output_option
+@pass_app
+def rules_remove(app: App, rule_id: int) -> None:
+    """Remove a rule. Tags that versions already have stay."""
+    app.control.remove_rule(rule_id)
+    show_data(app, {"id": rule_id, "removed": True}, f"rule {rule_id} is removed")

@@ -1,0 +1,143 @@
+"""The services one by one: sentinel, worker, scout; and how a running Sentinel is stopped."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.output import show_data
+from casparian_flow.cli.process import stop_on_signals
+from casparian_flow.config import Settings, overridden, worker_address
+from casparian_flow.sentinel.api import Row
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+metrics_option = click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65_535),
+    metavar="PORT",
+    help="Serve Prometheus metrics on this loopback port; 0 serves none.",
+)
+
+
+def set_up_logging(app: App, settings: Settings) -> None:
+    """Services log to stderr."""
+    if not app.debug:
+        logging.basicConfig(level=settings.logging.level, format=LOG_FORMAT)
+
+
+@click.command()
+@click.option("--bind", "bind_address", metavar="ADDRESS", help="Such as tcp://127.0.0.1:5555.")
+@metrics_option
+@pass_app
+def sentinel(app: App, bind_address: str | None, metrics_port: int | None) -> None:
+    """Run the Sentinel alone: it owns the ledger and hands jobs to workers.
+
+    \b
+    Example:
+      casparian sentinel --bind tcp://127.0.0.1:5555 --metrics-port 9100
+    """
+    from casparian_flow.sentinel.server import run_sentinel
+
+    logging.captureWarnings(capture=True)
+    settings = overridden(
+        app.settings, "sentinel", bind_address=bind_address, metrics_port=metrics_port
+    )
+    set_up_logging(app, settings)
+    run_sentinel(settings)
+
+
+@click.command()
+@click.option("--connect", metavar="ADDRESS", help="The Sentinel's, such as tcp://127.0.0.1:5555.")
+@click.option(
+    "--output-root",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder below which file sinks write.",
+)
+@click.option("--slots", type=click.IntRange(1, 1024), help="Plugins that run at a time.")
+@click.option("--worker-id", default="", metavar="NAME", help="Name shown by 'casparian workers'.")
+@metrics_option
+@pass_app
+def worker(
+    app: App,
+    connect: str | None,
+    output_root: Path | None,
+    slots: int | None,
+    worker_id: str,
+    metrics_port: int | None,
+) -> int:
+    """Run one worker: it takes jobs from the Sentinel and runs plugins.
+
+    It waits for a Sentinel that is not there yet, and for jobs. SIGTERM or Ctrl-C lets running
+    jobs finish and gives the others back.
+
+    \b
+    Example:
+      casparian worker --connect tcp://127.0.0.1:5555 --slots 4
+    """
+    from casparian_flow.engine.worker_client import run_worker
+
+    settings = overridden(
+        app.settings,
+        "worker",
+        connect=connect,
+        output_root=output_root.absolute() if output_root else None,
+        slots=slots,
+        metrics_port=metrics_port,
+    )
+    set_up_logging(app, settings)
+    return run_worker(settings, address=worker_address(settings), worker_id=worker_id)
+
+
+@click.command()
+@click.option("--report-fd", type=int, hidden=True, help="Write one JSON line per scan here.")
+@pass_app
+def scout(app: App, report_fd: int | None) -> None:
+    """Run the Scout alone: it scans the source roots again and again.
+
+    It needs a running Sentinel. To look once, use 'casparian scan'.
+    """
+    from casparian_flow.sentinel.control import remote
+    from casparian_flow.sentinel.paths import control_address
+    from casparian_flow.services.watch import run_scout
+
+    settings = app.settings
+    set_up_logging(app, settings)
+    address = control_address(settings.database.db_location, settings.sentinel.control_address)
+    with stop_on_signals() as stop, remote(address) as control:
+        control.ping()
+        run_scout(
+            control,
+            interval_s=settings.scout.interval_seconds,
+            stop=stop,
+            on_report=_reporter(report_fd),
+        )
+
+
+def _reporter(descriptor: int | None) -> Callable[[Row], None]:
+    def report(row: Row) -> None:
+        if descriptor is not None:
+            os.write(descriptor, json.dumps(row).encode() + b"\n")
+
+    return report
+
+
+@click.command()
+@output_option
+@pass_app
+def stop(app: App) -> None:
+    """Drain and stop the running Sentinel, and with it what 'casparian start' runs."""
+    from casparian_flow.sentinel.control import remote
+    from casparian_flow.sentinel.paths import control_address
+
+    settings = app.settings
+    address = control_address(settings.database.db_location, settings.sentinel.control_address)
+    with remote(address) as control:
+        pid = control.ping().get("pid")
+        control.stop()
+    show_data(app, {"stopping": pid}, f"the Sentinel (process {pid}) is stopping")
