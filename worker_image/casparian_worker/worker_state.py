@@ -21,12 +21,13 @@ Each DISPATCH is one attempt, named by its fencing token; each attempt is in one
     RUNNING      the plugin to end                                     StopJob          credit
     STOPPING     the runner to let go                                  stays            credit
     STAGED       GRANT or REFUSE               STAGE                   DeleteStages     credit
-    PUBLISHING   the sinks                                             ignored: granted
+    PUBLISHING   the sinks                                             granted: too late
     CONCLUDING   CONCLUDE_ACK                  CONCLUDE                gone
 
 An attempt ends only by the Sentinel's word or the runner's; losing contact changes nothing, as
-only the Sentinel knows whether the lease still stands. Once granted, stages are never deleted
-here: another worker may publish them, and DISCARD says when they are garbage.
+only the Sentinel knows whether the lease still stands. Once granted, stages are not deleted here
+unless an operator has abandoned the job: another worker may publish them, and DISCARD says when
+they are garbage.
 
 Standard library only; no clock, no threads, no I/O; equal events give equal instructions.
 """
@@ -105,6 +106,7 @@ class Attempt:
         return_reason: in STOPPING, why it goes back to the queue; "" if the Sentinel has already
             decided on it.
         publish_due: when to try again to publish, None while the runner is at it.
+        abandoned: given up by an operator while the runner publishes it.
     """
 
     token: str
@@ -119,6 +121,7 @@ class Attempt:
     return_reason: str = ""
     publish_failures: int = 0
     publish_due: float | None = None
+    abandoned: bool = False
 
 
 @dataclass(slots=True)
@@ -483,12 +486,18 @@ class WorkerState:
         attempt = self.attempts.get(published.token)
         if attempt is None or attempt.phase is not Phase.PUBLISHING:
             return
+        if attempt.abandoned:
+            self._delete_abandoned(attempt)
+            return
         assert attempt.conclusion is not None
         self._conclude(attempt, attempt.conclusion, mono)
 
     def _publish_failed(self, failed: PublishFailed, mono: float) -> None:
         attempt = self.attempts.get(failed.token)
         if attempt is None or attempt.phase is not Phase.PUBLISHING:
+            return
+        if attempt.abandoned:
+            self._delete_abandoned(attempt)
             return
         if failed.transient:
             pause = self.config.publish_retry_s * 2.0 ** min(attempt.publish_failures, 30)
@@ -507,9 +516,13 @@ class WorkerState:
         )
         self._conclude(attempt, conclusion, mono)
 
+    def _delete_abandoned(self, attempt: Attempt) -> None:
+        self._out.append(DeleteStages(attempt.token, attempt.entries))
+        self._forget(attempt)
+
     def _refuse(self, _job_id: int, refuse: m.Refuse, _mono: float) -> None:
         attempt = self.attempts.get(refuse.token)
-        if attempt is None:
+        if attempt is None or _is_dropped(attempt):
             return
         if attempt.phase is Phase.PUBLISHING and refuse.reason != Reason.ABANDONED:
             self._unexpected(attempt.job_id, f"REFUSE: {refuse.token} was granted before")
@@ -519,10 +532,15 @@ class WorkerState:
 
     def _abort(self, _job_id: int, abort: m.Abort, _mono: float) -> None:
         attempt = self.attempts.get(abort.token)
-        if attempt is None or attempt.phase is Phase.PUBLISHING or _is_dropped(attempt):
+        if attempt is None or _is_dropped(attempt):
             return
-        self.counts.aborted += 1
-        self._drop(attempt)
+        if attempt.phase is not Phase.PUBLISHING or abort.reason == Reason.ABANDONED:
+            self.counts.aborted += 1
+            self._drop(attempt)
+        elif attempt.publish_due is not None:
+            # Granted and yet stale: another worker has published it. Its stages are not ours to
+            # delete any more.
+            self._forget(attempt)
 
     def _conclude(self, attempt: Attempt, conclusion: m.Conclude, mono: float) -> None:
         attempt.conclusion = conclusion
@@ -719,14 +737,22 @@ class WorkerState:
         match attempt.phase:
             case Phase.STARTED | Phase.RUNNING | Phase.STOPPING:
                 self._stop(attempt, "")
-                # A newer attempt of the job may come while this one is being stopped.
-                if self._by_job.get(attempt.job_id) == attempt.token:
-                    del self._by_job[attempt.job_id]
-                self._remember_finished(attempt)
+                self._step_aside(attempt)
+                return
+            case Phase.PUBLISHING if attempt.publish_due is None:
+                # Not while the runner is at it; its answer comes soon.
+                attempt.abandoned = True
+                self._step_aside(attempt)
                 return
             case Phase.STAGED | Phase.PUBLISHING:
                 self._out.append(DeleteStages(attempt.token, attempt.entries))
         self._forget(attempt)
+
+    def _step_aside(self, attempt: Attempt) -> None:
+        """A newer attempt of the job may come while the runner still lets go of this one."""
+        if self._by_job.get(attempt.job_id) == attempt.token:
+            del self._by_job[attempt.job_id]
+        self._remember_finished(attempt)
 
     def _stop(self, attempt: Attempt, return_reason: str) -> None:
         if attempt.phase is not Phase.STOPPING:
@@ -816,7 +842,7 @@ def conclusion_of(token: str, entries: Iterable[OutputEntry], log: str = "") -> 
 
 
 def _is_dropped(attempt: Attempt) -> bool:
-    return attempt.phase is Phase.STOPPING and not attempt.return_reason
+    return attempt.abandoned or (attempt.phase is Phase.STOPPING and not attempt.return_reason)
 
 
 def _is_local(entry: OutputEntry) -> bool:
