@@ -115,7 +115,7 @@ def _facts(row: Row) -> list[tuple[str, str]]:
     facts = [
         (key.replace("_", " "), str(value))
         for key, value in row.items()
-        if value not in {None, ""} and not isinstance(value, list | dict)
+        if not isinstance(value, list | dict) and value not in {None, ""}
     ]
     reason = row.get("reason")
     if reason and reason in set(Reason):
@@ -127,7 +127,7 @@ def _history_line(entry: Row | str) -> str:
     if isinstance(entry, str):
         return entry
     data = entry.get("data")
-    told = "" if data in {None, ""} else f"  {data}"
+    told = f"  {data}" if data else ""
     at = short_time(entry.get("at") or "")
     return f"{at}  {entry.get('kind', ''):<10} attempt {entry.get('attempt', '')}{told}"
 
@@ -184,14 +184,14 @@ def job_cancel(app: App, job_id: int) -> None:
 
 @job.command("resolve")
 @job_argument
-@click.option("--forward", "forward", flag_value=True, type=bool, help="Publish its outputs again.")
-@click.option("--abandon", "forward", flag_value=False, type=bool, help="Give its outputs up.")
+@click.option("--forward", is_flag=True, help="Publish its outputs again.")
+@click.option("--abandon", is_flag=True, help="Give its outputs up.")
 @output_option
 @pass_app
-def job_resolve(app: App, job_id: int, forward: bool | None) -> None:
+def job_resolve(app: App, job_id: int, forward: bool, abandon: bool) -> None:
     """Decide about a STAGED job that cannot complete, because its sink refuses it for good."""
-    if forward is None:
-        raise UsageError("say what to do", hint="Give --forward or --abandon.")
+    if forward == abandon:
+        raise UsageError("say what to do", hint="Give either --forward or --abandon.")
     result = app.control.resolve_job(job_id, forward=forward)
     told = "publishing again" if forward else "given up"
     show_data(app, result, f"job {job_id}: {told}")

@@ -8,7 +8,8 @@ import click
 
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import note, one_line, show_data, show_table, to_json
-from casparian_flow.domain.errors import CasparianError, ConflictError, UsageError
+from casparian_flow.domain.clock import SystemClock
+from casparian_flow.domain.errors import CasparianError, ConflictError
 
 
 @click.command()
@@ -106,20 +107,17 @@ def ledger_import(app: App, folder: Path) -> None:
 
     The ledger named in the configuration must not exist yet, and no Sentinel may run.
     """
-    from casparian_flow.db.ledger import Ledger
-    from casparian_flow.domain.clock import SystemClock
-
     location = app.settings.database.db_location
     if location.exists():
         raise ConflictError(
             f"{location} exists already",
             hint="Move it away, or name another file as [database] db_location.",
         )
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder")
-    with_rows = Ledger.open(location, clock=SystemClock())
+    from casparian_flow.db.ledger import Ledger
+
+    ledger_file = Ledger.open(location, clock=SystemClock())
     try:
-        tables = with_rows.import_from(folder)
+        tables = ledger_file.import_from(folder)
     finally:
-        with_rows.close()
+        ledger_file.close()
     show_data(app, {"ledger": str(location), "tables": tables}, f"imported into {location}")

@@ -105,7 +105,9 @@ def plugin_show(app: App, name: str) -> None:
         show_pairs(
             (key.replace("_", " "), str(value))
             for key, value in row.items()
-            if value not in {None, ""} and key != "source_code"
+            if not isinstance(value, list | dict)
+            and value not in {None, ""}
+            and key != "source_code"
         )
     click.echo()
     show_rows(app, topics_of, TOPIC_COLUMNS, empty="no topics")

@@ -43,7 +43,14 @@ SCOUT, WORKERS, SENTINEL = 0, 1, 2
 
 
 @click.command()
-@click.option("--workers", type=click.IntRange(0, 256), default=1, show_default=True, metavar="N")
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Worker processes.",
+)
 @click.option("--bind", "bind_address", metavar="ADDRESS", help="Where workers connect.")
 @metrics_option
 @click.option("--exit-when-idle", is_flag=True, help="End when all is scanned and no job is left.")
