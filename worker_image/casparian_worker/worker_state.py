@@ -244,6 +244,11 @@ class WorkerState:
         """Seconds since the Sentinel was last heard."""
         return 0.0 if self._heard is None else now.mono - self._heard
 
+    @property
+    def patience_s(self) -> float:
+        """Silence after which the Sentinel is asked whether it is there; it answers heartbeats."""
+        return 2.5 * self._heartbeat_s
+
     # -- messages of the Sentinel ---------------------------------------------------------------
 
     def _from_sentinel(self, job_id: int, message: m.Message, mono: float) -> None:
@@ -601,7 +606,7 @@ class WorkerState:
             self.welcomed = False
             self._identify_due = mono
             self._out.append(Reconnect())
-        if not self.welcomed or mono - heard > 2.5 * self._heartbeat_s:
+        if not self.welcomed or mono - heard > self.patience_s:
             if mono >= self._identify_due:
                 self._identify(mono)
         elif mono >= self._heartbeat_due:
