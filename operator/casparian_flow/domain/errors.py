@@ -1,6 +1,6 @@
 """Errors that people meet. Each says what happened; `hint` says what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class CasparianError(Exception):
@@ -86,6 +86,38 @@ class SinkError(CasparianError):
 
 class SinkConflictError(SinkError):
     """The target holds something else under this output's name; publishing would overwrite it."""
+
+
+class DiskFullError(SinkError):
+    """No space (or quota, or file size) is left where an output goes."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, transient=True)
+
+
+class OutputLostError(SinkError):
+    """Neither the stage nor the published data of a granted output is there any more."""
+
+
+class OutputRefusedError(CasparianError):
+    """What a plugin published cannot become an output; the same bytes will be refused again.
+
+    Attributes:
+        reason: a domain.failures.Reason value.
+        diagnostics: JSON-able details for machines.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str,
+        hint: str = "",
+        diagnostics: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.diagnostics = dict(diagnostics or {})
 
 
 class InvalidTransitionError(RuntimeError):

@@ -1,0 +1,1 @@
+"""Where rows go: `base` says what every sink offers, `registry` finds the one of a URI."""
