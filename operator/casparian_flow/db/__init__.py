@@ -1,0 +1,1 @@
+"""The ledger: one DuckDB file, one writer. Everything that touches duckdb is in here."""

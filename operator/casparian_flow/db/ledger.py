@@ -1,0 +1,750 @@
+"""The ledger: group commit to a journal, with the tables as its projection.
+
+The journal is the truth about jobs. One commit appends a tick's records, inserts new jobs and
+reserves granted outputs, in one transaction at a cost that does not depend on the length of the
+queue. `cf_processing_queue` follows by `fold`, when idle, every FOLD_ENTRIES entries, before
+any read and at open. docs/ledger.md has the reasons and the measurements.
+
+One Ledger per file and process. Its methods may be called from any thread; a lock makes them
+run one after the other. Never open the ledger's file by other means in the process that holds
+it: closing any descriptor of it drops DuckDB's lock on it (POSIX locks belong to the process).
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+import duckdb
+
+from casparian_flow.db import folding, loading, opening, shapes
+from casparian_flow.db.counters import Counters
+from casparian_flow.db.engine_errors import commit_error, is_fatal
+from casparian_flow.db.grants import SliceHead, advance, judge, sliced
+from casparian_flow.db.guard import CODE, StatusMap
+from casparian_flow.db.highwater import HighWater
+from casparian_flow.db.journal import Folded, encode_data, fold_into
+from casparian_flow.domain.clock import Clock
+from casparian_flow.domain.errors import (
+    InvariantError,
+    LedgerCorruptError,
+    LedgerLockedError,
+    LedgerUnavailableError,
+    require,
+)
+from casparian_flow.domain.ids import Token
+from casparian_flow.domain.jobs import KIND_STATUS, LEASED, JobStatus, JournalKind
+from casparian_flow.domain.records import (
+    BatchItem,
+    GrantOutcome,
+    HealthRecord,
+    Job,
+    LedgerState,
+    Limits,
+    NewJob,
+    PluginSpec,
+    Record,
+)
+
+log = logging.getLogger(__name__)
+
+FOLD_ENTRIES: Final = 5_000
+"""Journal entries after which a fold is due; bounds the fold at open and its memory."""
+CHECKPOINT_MB: Final = 48
+"""Size of the write-ahead log at which DuckDB checkpoints within a commit (a stall)."""
+IDLE_CHECKPOINT_BYTES: Final = 4 << 20
+"""Size above which an idle ledger checkpoints by itself, so that commits need not."""
+MEMORY_LIMIT: Final = "512MB"
+_QUEUE: Final = "cf_processing_queue"
+_LIVE: Final = LEASED | {JobStatus.STAGED}
+
+_open_paths: dict[Path, "weakref.ref[Ledger]"] = {}
+_open_guard = threading.Lock()
+
+
+class _Planned:
+    """One batch, checked and taken apart, before anything is written."""
+
+    def __init__(self) -> None:
+        self.new_jobs: list[NewJob] = []
+        self.records: list[tuple[Record, JobStatus]] = []
+        """With the job's status before."""
+        self.granted: list[tuple[Record, Token]] = []
+        self.health: dict[str, HealthRecord] = {}
+        self.outcomes: list[GrantOutcome] = []
+        self.tokens: dict[int, Token | None] = {}
+        self.slices: dict[str, SliceHead] = {}
+        self.heads: dict[str, SliceHead] = {}
+
+
+class Ledger:
+    """See the module's text. Make one with `open` or `in_memory`.
+
+    Attributes:
+        ledger_id: eight hex digits, made once.
+        epoch: number of the last `begin_epoch`.
+        path: the file, None in memory.
+        must_reopen: after a failure whose outcome is unknown; call `reopen`.
+    """
+
+    def __init__(self, path: Path | None, clock: Clock, *, create: bool) -> None:
+        self.path = path
+        self.ledger_id = ""
+        self.epoch = 0
+        self.must_reopen = False
+        self._clock = clock
+        self._create = create
+        self._lock = threading.RLock()
+        self._closed = False
+        self._in_transaction = False
+        self._open()
+
+    # -- opening and closing ------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path, *, clock: Clock, create: bool = True) -> "Ledger":
+        """Open the ledger at `path`, making it on the first run.
+
+        Raises:
+            NotFoundError: there is none and `create` is false.
+            LedgerLockedError: a process has it open (its id is in the message).
+            LedgerCorruptError: damaged, or older than what was acknowledged.
+            SchemaMismatchError: made by another version.
+            LedgerError: not a ledger, or not writable. Nothing is ever overwritten.
+        """
+        resolved = Path(path).resolve()
+        with _open_guard:
+            holder = _open_paths.get(resolved)
+            if holder is not None and holder() is not None:
+                raise LedgerLockedError(
+                    f"ledger {resolved} is open in this process already",
+                    hint="Use that one, or close it first.",
+                )
+            ledger = cls(resolved, clock, create=create)
+            _open_paths[resolved] = weakref.ref(ledger)
+        return ledger
+
+    @classmethod
+    def in_memory(cls, *, clock: Clock) -> "Ledger":
+        """A ledger that nothing outlives, for tests and trials."""
+        return cls(None, clock, create=True)
+
+    def _open(self) -> None:
+        self.must_reopen = False
+        if self.path is None:
+            self._connection = duckdb.connect(":memory:")
+        else:
+            self._connection = opening.connect(self.path, create=self._create)
+        self._highwater: HighWater | None = None
+        try:
+            self._settings()
+            self.ledger_id = opening.prepare(self._connection, self.path, self._clock)
+            self._check_highwater()
+            self._read_state()
+        except BaseException:
+            self._release()
+            raise
+        self._create = False
+        self._checkpoint()
+
+    def _settings(self) -> None:
+        for setting in (
+            "TimeZone = 'UTC'",
+            f"memory_limit = '{MEMORY_LIMIT}'",
+            f"checkpoint_threshold = '{CHECKPOINT_MB}MB'",
+            # One thread: commits are small, and what DuckDB would start others for is slower
+            # for it. Readers share it.
+            "threads = 1",
+            "preserve_insertion_order = true",
+        ):
+            self._connection.execute(f"SET {setting}")
+
+    def _check_highwater(self) -> None:
+        meta = dict(self._connection.execute("SELECT key, value FROM cf_meta").fetchall())
+        self.epoch = int(meta["epoch"])
+        row = self._connection.execute("SELECT max(seq) FROM cf_journal").fetchone()
+        self._seq = max(int(row[0] or 0) if row else 0, int(meta["transaction_seq"]))
+        self._folded_seq = int(meta["folded_seq"])
+        if self.path is None:
+            return
+        sidecar = self.path.with_name(self.path.name + ".hwm")
+        if self._seq == 0:
+            # A new ledger where an old one was deleted: its marks mean nothing here.
+            sidecar.unlink(missing_ok=True)
+        self._highwater = HighWater(sidecar, self.ledger_id)
+        if self._highwater.mark > self._seq:
+            raise LedgerCorruptError(
+                f"ledger {self.path} ends at {self._seq}, but {self._highwater.mark} was "
+                "acknowledged: its write-ahead log is damaged, or an older copy was restored",
+                hint=f"Restore the newest copy. To go on without what is lost, delete {sidecar}.",
+            )
+
+    def _read_state(self) -> None:
+        self._counters = Counters()
+        self._counters.seed(self._connection)
+        self._statuses = StatusMap()
+        self._pending: dict[int, Folded] = {}
+        self._unfolded = 0
+        self._wal_bytes = 0
+        self._pending = folding.replay(self._connection, self._folded_seq)
+        self._unfolded = len(self._pending)
+        if self._pending:
+            self.fold()
+        self._fill_statuses(1)
+        self._tokens: dict[int, Token] = {
+            job_id: Token(token or "")
+            for job_id, token in self._connection.execute(
+                f"SELECT id, lease_token FROM {_QUEUE} "
+                "WHERE status IN ('DISPATCHING', 'RUNNING', 'STAGED')"
+            ).fetchall()
+        }
+
+    def _fill_statuses(self, first_id: int) -> None:
+        cases = " ".join(f"WHEN '{status}' THEN {code}" for status, code in CODE.items())
+        cursor = self._connection.execute(
+            f"SELECT id, CASE status {cases} END::UTINYINT FROM {_QUEUE} WHERE id >= $1",
+            [first_id],
+        )
+        while rows := cursor.fetchmany(100_000):
+            self._statuses.fill(rows)
+
+    def reopen(self) -> None:
+        """Close and open the file again, after a failure whose outcome is unknown.
+
+        Raises:
+            LedgerError: as `open`.
+        """
+        with self._lock:
+            self._release()
+            self._open()
+
+    def recover(self) -> None:
+        """Make the ledger usable again after a failed commit.
+
+        Raises:
+            LedgerError: it is not usable yet.
+        """
+        with self._lock:
+            if self.must_reopen:
+                self.reopen()
+
+    def close(self) -> None:
+        """Fold, checkpoint and release the file; harmless when repeated."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                if not self.must_reopen:
+                    self.fold()
+                    self._checkpoint()
+            finally:
+                self._closed = True
+                self._release()
+                self._forget()
+
+    def _release(self) -> None:
+        self._connection.close()
+        if self._highwater is not None:
+            self._highwater.close()
+
+    def _forget(self) -> None:
+        with _open_guard:
+            holder = _open_paths.get(self.path) if self.path is not None else None
+            if self.path is not None and holder is not None and holder() is self:
+                del _open_paths[self.path]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- the broker's side --------------------------------------------------------------------
+
+    def begin_epoch(self) -> int:
+        """Raise the epoch durably; no token of an earlier Sentinel is ever made again.
+
+        Raises:
+            LedgerUnavailableError: nothing is changed.
+        """
+        with self.transaction() as connection:
+            connection.execute(
+                "UPDATE cf_meta SET value = $1 WHERE key = 'epoch'", [str(self.epoch + 1)]
+            )
+        self.epoch += 1
+        return self.epoch
+
+    def load(self, page: int, limits: Limits | None = None) -> LedgerState:
+        """Everything that the broker is rebuilt from; QUEUED jobs only up to `page`."""
+        with self._lock:
+            self.fold()
+            active = loading.select_jobs(
+                self._connection, "status IN ('DISPATCHING', 'RUNNING', 'STAGED')", []
+            )
+            loading.attach_manifests(self._connection, active)
+            queued = loading.select_jobs(self._connection, "status = 'QUEUED'", [], page + 1)
+            return LedgerState(
+                ledger_id=self.ledger_id,
+                epoch=self.epoch,
+                next_job_id=self._counters.peek(_QUEUE),
+                active=active,
+                queued=queued[:page],
+                more_queued=len(queued) > page,
+                plugins=self.plugin_specs(limits),
+                health=loading.load_health(self._connection),
+                counts=loading.load_counts(self._connection),
+            )
+
+    def hydrate(self, after: tuple[int, int], limit: int) -> tuple[list[Job], bool]:
+        """The next QUEUED jobs after (priority, id), and whether there are more.
+
+        Jobs scheduled for later are among them; see their `not_before_us`.
+        """
+        priority, job_id = after
+        with self._lock:
+            self.fold()
+            jobs = loading.select_jobs(
+                self._connection,
+                "status = 'QUEUED' AND (priority < $1 OR (priority = $1 AND id > $2))",
+                [priority, job_id],
+                limit + 1,
+            )
+        return jobs[:limit], len(jobs) > limit
+
+    def plugin_specs(self, limits: Limits | None = None) -> list[PluginSpec]:
+        """Every ACTIVE plugin version with its wiring."""
+        with self._lock:
+            return loading.load_plugin_specs(self._connection, limits or Limits())
+
+    def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
+        """Make a tick's items durable together; nothing of a failed batch is.
+
+        Returns:
+            One outcome per GRANTED record, in order. A refused one is not in the journal.
+
+        Raises:
+            InvalidTransitionError: a record makes a move its job's state does not allow.
+            LedgerUnavailableError: disk full, read-only, I/O error; `must_reopen` tells
+                whether the ledger can be used again as it is.
+        """
+        with self._lock:
+            self._require_usable()
+            require(not self._in_transaction, "a commit within a transaction")
+            if self._unfolded >= 2 * FOLD_ENTRIES:
+                self.fold()
+            taken: set[str] = set()
+            while True:
+                try:
+                    return self._commit_once(batch, taken)
+                except _OutputTakenError as error:
+                    taken = error.keys
+
+    def _commit_once(self, batch: Sequence[BatchItem], taken: set[str]) -> list[GrantOutcome]:
+        seq = self._seq
+        try:
+            plan = self._plan(batch, taken)
+            self._begin()
+            self._write(plan)
+            self._end()
+        except BaseException as error:  # noqa: BLE001 - _fail raises it again
+            self._statuses.rollback()
+            self._counters.rollback()
+            self._seq = seq
+            self._fail(error)
+        self._statuses.commit()
+        self._counters.commit()
+        self._remember(plan)
+        self._acknowledge()
+        return plan.outcomes
+
+    def _plan(self, batch: Sequence[BatchItem], taken: set[str]) -> _Planned:
+        plan = _Planned()
+        grants = [i for i in batch if isinstance(i, Record) and i.kind is JournalKind.GRANTED]
+        plan.slices = self._slice_heads(sliced(grants))
+        taken = set(taken)
+        for item in batch:
+            if isinstance(item, Record):
+                self._plan_record(plan, item, taken)
+            elif isinstance(item, NewJob):
+                self._statuses.add(item.job.job_id, item.job.status)
+                self._counters.reach(_QUEUE, item.job.job_id)
+                plan.new_jobs.append(item)
+            else:
+                plan.health[item.health.plugin] = item
+        return plan
+
+    def _plan_record(self, plan: _Planned, record: Record, taken: set[str]) -> None:
+        job_id = record.job_id
+        start = self._statuses.get(job_id)
+        if record.kind is JournalKind.GRANTED:
+            token = plan.tokens.get(job_id, self._tokens.get(job_id)) or Token("")
+            outcome = judge(record, token, taken, plan.slices, self._is_staged)
+            plan.outcomes.append(outcome)
+            if outcome.refused:
+                return
+            plan.granted.append((record, token))
+            advance(record, taken, plan.slices)
+            for entry in record.manifest:
+                if entry.slice_key in plan.slices:
+                    plan.heads[entry.slice_key] = plan.slices[entry.slice_key]
+        elif record.kind is JournalKind.LEASED:
+            plan.tokens[job_id] = Token((record.data or {}).get("token", ""))
+        finish = KIND_STATUS[record.kind]
+        self._statuses.move(job_id, finish, self._history_lines)
+        if finish not in _LIVE:
+            plan.tokens[job_id] = None
+        plan.records.append((record, start or finish))
+
+    def _is_staged(self, job_id: int) -> bool:
+        return self._statuses.get(job_id) is JobStatus.STAGED
+
+    def _slice_heads(self, keys: list[str]) -> dict[str, SliceHead]:
+        if not keys:
+            return {}
+        rows = self._connection.execute(
+            "SELECT slice_key, order_version_seq, order_manifest_id, order_generation, "
+            "output_key, job_id FROM cf_slice WHERE slice_key IN (SELECT unnest($1::VARCHAR[]))",
+            [keys],
+        ).fetchall()
+        return {
+            key: SliceHead((seq, manifest_id, generation), output_key, job_id)
+            for key, seq, manifest_id, generation, output_key, job_id in rows
+        }
+
+    def _write(self, plan: _Planned) -> None:
+        connection = self._connection
+        shapes.QUEUE.insert(connection, [shapes.queue_row(item) for item in plan.new_jobs])
+        self._mark_replayed(plan)
+        if plan.granted:
+            self._write_outputs(plan)
+        first = self._seq + 1
+        rows = [
+            (seq, r.job_id, r.kind, r.attempt, r.at_us, encode_data(r.data))
+            for seq, (r, _) in enumerate(plan.records, first)
+        ]
+        self._seq += len(rows)
+        shapes.JOURNAL.insert(connection, rows)
+        if not rows:
+            self._mark_transaction()
+        self._write_dead_letters(plan)
+        self._write_health(plan)
+        logs = [(r.job_id, r.attempt, r.log) for r, _ in plan.records if r.log]
+        shapes.LOG.insert(connection, logs)
+
+    def _write_outputs(self, plan: _Planned) -> None:
+        rows = [row for record, token in plan.granted for row in shapes.output_rows(record, token)]
+        try:
+            shapes.OUTPUT.insert(self._connection, rows)
+        except duckdb.ConstraintException:
+            # Rare: a key is taken. DuckDB has given the transaction up, so it begins again
+            # with the taken keys known; looking them up before every insert costs more.
+            self._connection.execute("ROLLBACK")
+            taken = self._taken_keys([row[0] for row in rows])
+            if not taken:
+                raise
+            raise _OutputTakenError(taken) from None
+        if plan.heads:
+            keys = list(plan.heads)
+            self._connection.execute(
+                "DELETE FROM cf_slice WHERE slice_key IN (SELECT unnest($1::VARCHAR[]))", [keys]
+            )
+            heads = [
+                (key, *head.order_no, head.output_key, head.job_id)
+                for key, head in plan.heads.items()
+            ]
+            shapes.SLICE.insert(self._connection, heads)
+
+    def _taken_keys(self, keys: list[str]) -> set[str]:
+        rows = self._connection.execute(
+            "SELECT output_key FROM cf_output WHERE output_key IN (SELECT unnest($1::VARCHAR[]))",
+            [keys],
+        ).fetchall()
+        return {row[0] for row in rows}
+
+    def _mark_replayed(self, plan: _Planned) -> None:
+        for item in plan.new_jobs:
+            if item.job.retry_of:
+                self._connection.execute(
+                    "UPDATE cf_dead_letter SET replayed_as = $1 WHERE original_job_id = $2",
+                    [item.job.job_id, item.job.retry_of],
+                )
+
+    def _write_dead_letters(self, plan: _Planned) -> None:
+        for record, start in plan.records:
+            data = record.data or {}
+            if record.kind is not JournalKind.FAILED:
+                continue
+            if start is JobStatus.STAGED:
+                # Given up by an operator: its slice may be written again.
+                self._connection.execute("DELETE FROM cf_slice WHERE job_id = $1", [record.job_id])
+            if data.get("dead_letter"):
+                pending = self._pending.get(record.job_id)
+                retries = data.get("retry_count", pending.retry_count if pending else None)
+                self._connection.execute(
+                    f"""
+                    INSERT INTO cf_dead_letter
+                    SELECT id, file_version_id, plugin_name, $2, $3, coalesce($4, retry_count),
+                           make_timestamp($5), NULL
+                    FROM {_QUEUE} WHERE id = $1
+                    """,
+                    [
+                        record.job_id,
+                        str(data.get("reason", "")),
+                        data.get("message"),
+                        retries,
+                        record.at_us,
+                    ],
+                )
+
+    def _write_health(self, plan: _Planned) -> None:
+        for item in plan.health.values():
+            health = item.health
+            self._connection.execute(
+                "INSERT OR REPLACE INTO cf_plugin_health VALUES ($1, $2, $3, $4, "
+                "make_timestamp($5))",
+                [
+                    health.plugin,
+                    health.consecutive_failures,
+                    health.paused,
+                    health.reason,
+                    item.at_us,
+                ],
+            )
+
+    def _remember(self, plan: _Planned) -> None:
+        for record, start in plan.records:
+            fold_into(self._pending, record, start)
+        self._unfolded += len(plan.records)
+        for job_id, token in plan.tokens.items():
+            if token is None:
+                self._tokens.pop(job_id, None)
+            else:
+                self._tokens[job_id] = token
+
+    # -- folding and checkpoints --------------------------------------------------------------
+
+    @property
+    def fold_due(self) -> bool:
+        """Whether so much is unfolded that a fold should not wait for an idle moment."""
+        return self._unfolded >= FOLD_ENTRIES
+
+    def fold(self) -> int:
+        """Bring cf_processing_queue up to date with the journal.
+
+        Returns:
+            How many jobs changed.
+
+        Raises:
+            InvalidTransitionError: table and journal disagree; nothing is changed.
+            LedgerUnavailableError: it could not be written; to be repeated.
+        """
+        with self._lock:
+            if not self._pending or self._in_transaction:
+                return 0
+            self._require_usable()
+            changes = list(self._pending.values())
+            try:
+                self._begin()
+                folding.project(self._connection, changes)
+                self._connection.execute(
+                    "UPDATE cf_meta SET value = $1 WHERE key = 'folded_seq'", [str(self._seq)]
+                )
+                self._end()
+            except BaseException as error:  # noqa: BLE001 - _fail raises it again
+                self._fail(error)
+            self._folded_seq = self._seq
+            self._pending = {}
+            self._unfolded = 0
+            return len(changes)
+
+    def idle(self) -> None:
+        """Use a quiet moment: fold, and checkpoint if the write-ahead log has grown."""
+        with self._lock:
+            self.fold()
+            if self._wal_size() > IDLE_CHECKPOINT_BYTES:
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        if self.path is None:
+            return
+        try:
+            self._connection.execute("CHECKPOINT")
+        except duckdb.Error as error:
+            if not isinstance(error, duckdb.TransactionException):
+                self._fail(error)
+            # A reader has a transaction open; the next idle moment will do.
+            log.debug("checkpoint put off: %s", error)
+            return
+        # DuckDB unlinks and recreates the log without syncing the folder.
+        opening.sync_directory(self.path)
+        self._wal_bytes = self._wal_size()
+
+    def _wal_size(self) -> int:
+        if self.path is None:
+            return 0
+        try:
+            return opening.wal_path(self.path).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    # -- other transactions and reads ---------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection inside BEGIN … COMMIT, for everything that is not a job's journal.
+
+        The tables are folded first. Ids come from `next_id`; jobs may be inserted, their status
+        may only be changed by records. Whatever is raised inside rolls back, ids included.
+
+        Raises:
+            LedgerUnavailableError: the commit failed; nothing is changed.
+        """
+        with self._lock:
+            self._require_usable()
+            require(not self._in_transaction, "a transaction within a transaction")
+            self.fold()
+            seq, first_job = self._seq, self._counters.peek(_QUEUE)
+            try:
+                self._begin()
+                self._in_transaction = True
+                yield self._connection
+                self._mark_transaction()
+                self._end()
+            except BaseException as error:  # noqa: BLE001 - _fail raises it again
+                self._counters.rollback()
+                self._seq = seq
+                self._fail(error)
+            finally:
+                self._in_transaction = False
+            self._counters.commit()
+            if self._counters.peek(_QUEUE) > first_job:
+                self._fill_statuses(first_job)
+            self._acknowledge()
+
+    def next_id(self, table: str) -> int:
+        """The next id of a table with an id column, for use in the open transaction."""
+        return self.next_ids(table, 1)[0]
+
+    def next_ids(self, table: str, count: int) -> range:
+        """The next `count` ids of a table, for use in the open transaction."""
+        with self._lock:
+            return self._counters.take(table, count)
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Run one SELECT over up-to-date tables; rows as dicts by column name."""
+        with self._lock:
+            self.fold()
+            cursor = self._connection.execute(sql, list(parameters))
+            names = [column[0] for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def reader(self) -> duckdb.DuckDBPyConnection:
+        """A connection of its own for a reading thread; sees folded state as of each query.
+
+        The caller closes it, and calls `fold` before reading what must be current.
+        """
+        with self._lock:
+            self._require_usable()
+            return self._connection.cursor()
+
+    def history(self, job_id: int) -> list[dict[str, Any]]:
+        """The job's journal, oldest first: seq, kind, attempt, at (UTC), data (JSON text)."""
+        return self.query(
+            "SELECT seq, kind, attempt, make_timestamp(at_us) AS at, data "
+            "FROM cf_journal WHERE job_id = $1 ORDER BY seq",
+            [job_id],
+        )
+
+    def status_of(self, job_id: int) -> JobStatus | None:
+        """The job's committed status, also when it is not folded yet; None if there is no job."""
+        with self._lock:
+            return self._statuses.get(job_id)
+
+    # -- small helpers ------------------------------------------------------------------------
+
+    def _history_lines(self, job_id: int) -> list[str]:
+        return folding.history(self._connection, job_id)
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise InvariantError("the ledger is closed")
+        if self.must_reopen:
+            raise LedgerUnavailableError(
+                "the ledger failed in a way whose outcome is unknown",
+                hint="It has to be opened anew before anything else.",
+            )
+
+    def _begin(self) -> None:
+        self._connection.execute("BEGIN")
+
+    def _end(self) -> None:
+        self._connection.execute("COMMIT")
+
+    def _mark_transaction(self) -> None:
+        self._seq += 1
+        self._connection.execute(
+            "UPDATE cf_meta SET value = $1 WHERE key = 'transaction_seq'", [str(self._seq)]
+        )
+
+    def _acknowledge(self) -> None:
+        if self._highwater is not None:
+            try:
+                self._highwater.write(self._seq)
+            except OSError as error:
+                # The commit stands, but a later loss of it could not be noticed.
+                self.must_reopen = True
+                raise LedgerUnavailableError(
+                    f"the high-water mark cannot be written: {error}",
+                    hint="Free space or check the disk; the ledger has to be opened anew.",
+                ) from error
+        size = self._wal_size()
+        if size < self._wal_bytes and self.path is not None:
+            opening.sync_directory(self.path)  # DuckDB has checkpointed within the commit
+        self._wal_bytes = size
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Leave the open transaction and raise what the caller shall see."""
+        try:
+            self._connection.execute("ROLLBACK")
+        except duckdb.Error as rollback_error:
+            if is_fatal(rollback_error):
+                self.must_reopen = True
+        if not isinstance(error, duckdb.Error) or isinstance(error, _OWN_FAULTS):
+            raise error
+        if is_fatal(error):
+            self.must_reopen = True
+        raise commit_error(error, self.must_reopen) from error
+
+
+_OWN_FAULTS = (
+    duckdb.ProgrammingError,
+    duckdb.IntegrityError,
+    duckdb.DataError,
+    duckdb.NotSupportedError,
+)
+"""Wrong SQL or data: shown as they are, for the disk has nothing to do with them."""
+
+
+class _OutputTakenError(Exception):
+    def __init__(self, keys: set[str]) -> None:
+        super().__init__(f"{len(keys)} output keys are taken")
+        self.keys = keys
+
+
+def open_ledger_at(path: Path) -> Ledger | None:
+    """The Ledger that this process has open at `path`, if any."""
+    with _open_guard:
+        holder = _open_paths.get(path.resolve())
+    return holder() if holder is not None else None
+
+
+__all__ = ["Ledger", "open_ledger_at"]
