@@ -141,7 +141,12 @@ def scan(app: App, folders: tuple[str, ...], rehash: bool, no_wait: bool) -> Non
     for root in roots:
         with scan_progress(str(root["path"])) as progress:
             report = scout.scan(
-                root, control, rehash=rehash, wait_for_settle=not no_wait, progress=progress
+                root,
+                control,
+                rehash=rehash,
+                wait_for_settle=not no_wait,
+                settle_seconds=app.settings.scout.settle_seconds,
+                progress=progress,
             )
         reports.append({"path": root["path"], **scout.report_row(report)})
     show_rows(app, reports, SCAN_COLUMNS, empty="")

@@ -65,6 +65,9 @@ class Child:
     started: float = 0.0
     restart_at: float = 0.0
     delay_s: float = FIRST_DELAY_S
+    """Seconds between its last death and its next start."""
+    deaths: int = 0
+    """In a row, without a healthy life in between."""
     exit_code: int | None = None
     partial: bytes = b""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
@@ -99,7 +102,9 @@ class Supervisor:
         *,
         make_command: Callable[[Sequence[str]], list[str]] = command,
         environment: dict[str, str] | None = None,
+        first_delay_s: float = FIRST_DELAY_S,
     ) -> None:
+        self._first_delay_s = first_delay_s
         self._clock = clock
         self._say = say
         self._make_command = make_command
@@ -131,7 +136,6 @@ class Supervisor:
                     self._buried(child, code)
                     final = not restart or code in FINAL_EXIT_CODES or code == 0
                     child.state = State.ENDED if final else State.WAITING
-                    child.restart_at = now + child.delay_s
                     deaths.append(Death(child, code))
             elif child.state is State.WAITING and restart and now >= child.restart_at:
                 self._spawn(child)
@@ -216,8 +220,10 @@ class Supervisor:
             child.partial = b""
         self._forget_pipe(child)
         child.exit_code = code
-        lived = self._clock.now().mono - child.started
-        child.delay_s = FIRST_DELAY_S if lived > HEALTHY_S else min(child.delay_s * 2, LAST_DELAY_S)
+        now = self._clock.now().mono
+        child.deaths = 1 if now - child.started > HEALTHY_S else child.deaths + 1
+        child.delay_s = min(self._first_delay_s * 2.0 ** min(child.deaths - 1, 10), LAST_DELAY_S)
+        child.restart_at = now + child.delay_s
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
         if child.state is State.RUNNING and child.process is not None:
