@@ -20,10 +20,21 @@ REQUEST_BYTES_MAX = 32 * 1024 * 1024
 REPLY_BYTES_MAX = 1024 * 1024 * 1024
 """Holds the inventory of several million files."""
 
+
+def _rebuildable(kind: object) -> bool:
+    """Whether `kind` is an error class made from a message and a hint alone."""
+    if not (isinstance(kind, type) and issubclass(kind, CasparianError)):
+        return False
+    wanted = [
+        p.name
+        for p in inspect.signature(kind).parameters.values()
+        if p.default is inspect.Parameter.empty
+    ]
+    return wanted == ["message"]
+
+
 ERROR_CLASSES: dict[str, type[CasparianError]] = {
-    name: value
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, CasparianError)
+    name: kind for name, kind in vars(errors).items() if _rebuildable(kind)
 }
 
 

@@ -5,6 +5,7 @@ id). Standard library only.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -102,5 +103,7 @@ class ReadyQueue:
                 heapq.heapreplace(heads, (following, lane.plugin))
 
     def depth(self) -> dict[str, int]:
-        """Ready jobs by plugin, stale ranks included (an upper bound, cheap)."""
-        return {name: len(lane.ready) for name, lane in self.lanes.items()}
+        """Ready and delayed jobs by plugin, stale ranks included (an upper bound, cheap)."""
+        depth = Counter({name: len(lane.ready) for name, lane in self.lanes.items()})
+        depth.update(plugin for _, _, plugin in self._delayed)
+        return dict(depth)
