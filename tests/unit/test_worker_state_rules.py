@@ -33,6 +33,7 @@ from casparian_worker.worker_events import (
     StopJob,
     Stopped,
     Tick,
+    Unsent,
     WorkerConfig,
 )
 from casparian_worker.worker_state import Phase, WorkerState
@@ -152,6 +153,16 @@ def test_identify_is_repeated_every_second_until_welcome() -> None:
     assert len(sent(rig.wait(0.5), m.Identify)) == 1
     rig.welcome()
     assert sent(rig.wait(1.0), m.Identify) == []
+
+
+def test_an_identify_that_could_not_be_sent_is_said_again_at_the_next_tick() -> None:
+    rig = Rig()
+    rig.tell(Tick())
+    assert rig.tell(Unsent()) == []
+    assert len(sent(rig.wait(0.1), m.Identify)) == 1
+    rig.welcome()
+    rig.tell(Unsent())
+    assert sent(rig.wait(0.1), m.Identify) == []
 
 
 def test_welcome_asks_for_the_stages_that_are_left_over_once_and_then_hourly() -> None:

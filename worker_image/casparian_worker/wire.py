@@ -215,6 +215,7 @@ class Wire:
         except zmq.Again:
             # Not connected, or the Sentinel is slow. All that matters is repeated.
             self.counts.sends_dropped += count
+            self._mailbox.post(e.Unsent())
             return
         self.counts.messages_sent += count
 

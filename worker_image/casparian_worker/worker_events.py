@@ -139,6 +139,11 @@ class Tick:
 
 
 @dataclass(slots=True)
+class Unsent:
+    """There is no connection: what was to be sent just now was dropped."""
+
+
+@dataclass(slots=True)
 class DrainRequested:
     """Take nothing new, end what runs, then exit."""
 
@@ -153,6 +158,7 @@ Event = (
     | PublishFailed
     | StageListing
     | Tick
+    | Unsent
     | DrainRequested
 )
 

@@ -66,6 +66,7 @@ from casparian_worker.worker_events import (
     StopJob,
     Stopped,
     Tick,
+    Unsent,
     WorkerConfig,
 )
 
@@ -191,6 +192,7 @@ class WorkerState:
             PublishFailed: self._publish_failed,
             StageListing: self._stage_listing,
             Tick: self._tick,
+            Unsent: self._unsent,
             DrainRequested: self._drain,
         }
         self._on_message: dict[type[Any], Callable[[int, Any, float], None]] = {
@@ -594,6 +596,11 @@ class WorkerState:
             self._exit()
         elif mono >= self._drain_due:
             self._return_handed(Reason.DRAINING, {Phase.STARTED, Phase.RUNNING})
+
+    def _unsent(self, _event: Unsent, mono: float) -> None:
+        if not self.welcomed:
+            # Nobody was bothered by it, so there is no reason to wait for a whole second.
+            self._identify_due = mono
 
     def _is_due(self, token: str, mono: float) -> bool:
         due = self.attempts[token].publish_due
