@@ -89,6 +89,7 @@ class Ledger:
         epoch: number of the last `begin_epoch`.
         path: the file, None in memory.
         must_reopen: after a failure whose outcome is unknown; call `reopen`.
+        limits: what a plugin run may use, for `plugin_specs`; the owner may set others.
     """
 
     def __init__(self, path: Path | None, clock: Clock, *, create: bool) -> None:
@@ -96,6 +97,7 @@ class Ledger:
         self.ledger_id = ""
         self.epoch = 0
         self.must_reopen = False
+        self.limits = Limits()
         self._clock = clock
         self._create = create
         self._lock = threading.RLock()
@@ -323,7 +325,7 @@ class Ledger:
     def plugin_specs(self, limits: Limits | None = None) -> list[PluginSpec]:
         """Every ACTIVE plugin version with its wiring."""
         with self._lock:
-            return loading.load_plugin_specs(self._connection, limits or Limits())
+            return loading.load_plugin_specs(self._connection, limits or self.limits)
 
     def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
         """Make a tick's items durable together; nothing of a failed batch is.
