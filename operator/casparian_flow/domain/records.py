@@ -4,9 +4,11 @@ A `Record` is one journal entry. A tick's records are committed together; nothin
 them is sent before (docs/ARCHITECTURE.md, "Group commit").
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from casparian_flow.domain.errors import LedgerError
 from casparian_flow.domain.ids import (
     Identity,
     JobId,
@@ -166,6 +168,15 @@ class GrantOutcome:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How one submitted commit ended, in the order of submission."""
+
+    ticket: int
+    outcomes: Sequence[GrantOutcome] = ()
+    error: LedgerError | None = None
+
+
 @dataclass(slots=True)
 class LedgerState:
     """What the broker is rebuilt from: at start, and after a failed commit."""
@@ -185,6 +196,7 @@ class LedgerState:
 
 __all__ = [
     "BatchItem",
+    "Completion",
     "GrantOutcome",
     "Health",
     "HealthRecord",

@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError, LedgerError, LedgerUnavailableError
-from casparian_flow.domain.records import BatchItem, GrantOutcome, Job, LedgerState
+from casparian_flow.domain.records import BatchItem, Completion, Job, LedgerState
 from casparian_flow.sentinel.broker import Broker
 from casparian_flow.sentinel.events import (
     Commit,
@@ -41,15 +41,6 @@ HYDRATE_PAGE = 10_000
 FIRST_PAGE = 1_000
 PROBE_SECONDS = 1.0
 """Between probing writes while the ledger cannot commit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """How one submitted commit ended, in the order of submission."""
-
-    ticket: int
-    outcomes: Sequence[GrantOutcome] = ()
-    error: LedgerError | None = None
 
 
 class LedgerOps(Protocol):
