@@ -91,3 +91,9 @@ def constant_text(text: str, length: int) -> ArrowArray:
 
 CONSTANT_TEXT = pa.dictionary(pa.int8(), pa.string())
 """Type of `constant_text`."""
+
+
+def nulls(length: int, kind: Any) -> ArrowArray:
+    """An array of nothing but nulls."""
+    array: ArrowArray = pa.nulls(length, kind)
+    return array

@@ -12,7 +12,14 @@ import pyarrow as pa
 from casparian_flow.domain.errors import OutputRefusedError
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.outputs import LINEAGE_COLUMNS
-from casparian_worker.arrays import CONSTANT_TEXT, ArrowArray, ArrowField, plain, plain_type
+from casparian_worker.arrays import (
+    CONSTANT_TEXT,
+    ArrowArray,
+    ArrowField,
+    nulls,
+    plain,
+    plain_type,
+)
 
 
 class SchemaTracker:
@@ -111,12 +118,12 @@ class SchemaTracker:
     def _column(self, batch: pa.RecordBatch, field: ArrowField) -> ArrowArray:
         position = batch.schema.get_field_index(field.name)
         if position < 0:
-            return _nulls(batch, field)
+            return nulls(batch.num_rows, field.type)
         array: ArrowArray = batch.column(position)
         if array.type == field.type:
             return array
         if array.null_count == batch.num_rows:
-            return _nulls(batch, field)
+            return nulls(batch.num_rows, field.type)
         try:
             converted: ArrowArray = plain(array).cast(field.type)
             return converted
@@ -147,8 +154,3 @@ def _plain_field(field: ArrowField) -> ArrowField:
 def _lineage_last(fields: Sequence[ArrowField]) -> list[ArrowField]:
     own = [field for field in fields if field.name not in LINEAGE_COLUMNS]
     return own + [field for field in fields if field.name in LINEAGE_COLUMNS]
-
-
-def _nulls(batch: pa.RecordBatch, field: ArrowField) -> ArrowArray:
-    nulls: ArrowArray = pa.nulls(batch.num_rows, field.type)
-    return nulls
