@@ -8,19 +8,22 @@ A contract is JSON text, written by people in a topic's configuration or in a pl
         {"name": "sold_on", "type": "date", "format": "%d.%m.%Y"},
         {"name": "price", "type": {"kind": "decimal", "precision": 12, "scale": 2}}]}
 
-A bare list of columns is a strict contract. `docs/contracts.md` is the reference for users. This
-module only reads contracts; the worker checks rows against them (casparian_worker/validate.py).
+A bare list of columns is a strict contract. `"quarantine": {"allow": true, "max_pct": 10.0,
+"max_count": 100}` beside the columns sets how many bad rows are let off.
+
+`docs/contracts.md` is the reference for users. This module only reads contracts; the worker
+checks rows against them (casparian_worker/validate.py).
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 from casparian_flow.domain.errors import UsageError
-from casparian_flow.domain.outputs import LINEAGE_COLUMNS
+from casparian_flow.domain.outputs import LINEAGE_COLUMNS, QuarantinePolicy
 
 MAX_CONTRACT_BYTES = 1_048_576
 MAX_COLUMNS = 2_000
@@ -118,8 +121,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
+    """What a topic's rows must look like.
+
+    Attributes:
+        quarantine: how many bad rows are let off; None leaves it to the topic's configuration.
+    """
+
     columns: tuple[Column, ...]
     mode: ContractMode = ContractMode.STRICT
+    quarantine: QuarantinePolicy | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,7 +147,9 @@ class Contract:
             if column.format:
                 entry["format"] = column.format
             columns.append(entry)
-        document = {"mode": self.mode.value, "columns": columns}
+        document: dict[str, Any] = {"mode": self.mode.value, "columns": columns}
+        if self.quarantine is not None:
+            document["quarantine"] = asdict(self.quarantine)
         return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -162,8 +174,13 @@ def parse_contract(schema_json: str) -> Contract:
         ) from error
     if isinstance(document, list):
         document = {"columns": document}
-    fields = _fields(document, "contract", required={"columns"}, optional={"mode"})
-    return Contract(_columns(fields["columns"]), _mode(fields.get("mode", "strict")))
+    fields = _fields(document, "contract", required={"columns"}, optional={"mode", "quarantine"})
+    policy = fields.get("quarantine")
+    return Contract(
+        _columns(fields["columns"]),
+        _mode(fields.get("mode", "strict")),
+        None if policy is None else _quarantine(policy),
+    )
 
 
 def is_utc(tz: str) -> bool:
@@ -197,6 +214,22 @@ def _mode(value: Any) -> ContractMode:
     except ValueError:
         known = ", ".join(ContractMode)
         raise UsageError(f"contract: unknown mode {value!r}", hint=f"Use one of {known}.") from None
+
+
+def _quarantine(value: Any) -> QuarantinePolicy:
+    where = "contract: 'quarantine'"
+    fields = _fields(value, where, required=set(), optional={"allow", "max_pct", "max_count"})
+    usual = QuarantinePolicy()
+    allow = fields.get("allow", True)
+    if not isinstance(allow, bool):
+        raise UsageError(f"{where}: 'allow' wants true or false")
+    percent = fields.get("max_pct", usual.max_pct)
+    if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent <= 100:
+        raise UsageError(f"{where}: 'max_pct' wants a number from 0 to 100")
+    count = fields.get("max_count")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise UsageError(f"{where}: 'max_count' wants a whole number, or null for no limit")
+    return QuarantinePolicy(allow, float(percent), count)
 
 
 def _columns(value: Any) -> tuple[Column, ...]:
