@@ -65,6 +65,8 @@ class ScanReport:
     problems: list[str] = field(default_factory=list)
     """One line each: unreadable directories, vanished files, special files, overlapping roots."""
     seconds: float = 0.0
+    st_dev: int = 0
+    """Device of the root to record as this source's own; 0 leaves the record as it is."""
 
 
 class ControlApi(Protocol):

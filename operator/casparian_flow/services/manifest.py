@@ -1,4 +1,4 @@
-"""Reading a plugin's MANIFEST from its source text, without running any of it (docs/manifest.md)."""
+"""Reading a plugin's MANIFEST from its source, without running any of it (docs/manifest.md)."""
 
 import ast
 import difflib

@@ -45,14 +45,17 @@ class WalkNotes:
         problems: one line each: unreadable directories, special files.
         unlisted: prefixes (with "/" at the end) of directories that were not listed in full, or
             whose rules left them out; nothing may be concluded about files below them.
-        empty_root: the root was listed and holds no entry at all.
+        incomplete: something that should have been listed was not.
+        empty: prefix → st_dev of directories that hold no entry at all; "" is the root.
         root_device: st_dev of the root, 0 if it could not be opened.
+        root_failed: the root could not be listed.
     """
 
     problems: list[str] = field(default_factory=list)
-    unlisted: list[str] = field(default_factory=list)
+    unlisted: set[str] = field(default_factory=set)
+    incomplete: bool = False
     ignored: int = 0
-    empty_root: bool = False
+    empty: dict[str, int] = field(default_factory=dict)
     root_device: int = 0
     root_failed: bool = False
 
@@ -114,8 +117,8 @@ def _list(
     except OSError as error:
         _note_unlisted(directory, error, notes)
     else:
-        if directory.identity is None:
-            notes.empty_root = entries == 0
+        if entries == 0:
+            notes.empty[directory.prefix] = os.fstat(descriptor).st_dev
     return listing, below
 
 
@@ -153,7 +156,7 @@ def _sort_entries(
             continue
         except OSError as error:
             notes.problems.append(f"{prefix}{name}: cannot be examined: {error.strerror}")
-            notes.unlisted.append(f"{prefix}{name}/")
+            notes.incomplete = True
             continue
         if is_regular(found.st_mode):
             add_name(name)
@@ -177,11 +180,12 @@ def _add_directory(
     prefix = f"{parent.prefix}{name}/"
     if rules.ignores_directory(prefix[:-1]):
         notes.ignored += 1
-        notes.unlisted.append(prefix)
+        notes.unlisted.add(prefix)
         return
     if parent.depth >= MAX_DEPTH:
         notes.problems.append(f"{prefix}: deeper than {MAX_DEPTH} directories; left out")
-        notes.unlisted.append(prefix)
+        notes.unlisted.add(prefix)
+        notes.incomplete = True
         return
     try:
         found = entry.stat(follow_symlinks=False)
@@ -189,7 +193,8 @@ def _add_directory(
         return
     except OSError as error:
         notes.problems.append(f"{prefix}: cannot be examined: {error.strerror}")
-        notes.unlisted.append(prefix)
+        notes.unlisted.add(prefix)
+        notes.incomplete = True
         return
     path = f"{parent.path.rstrip('/')}/{entry.name}"
     below.append(_Directory(path, prefix, parent.depth + 1, (found.st_dev, found.st_ino)))
@@ -200,9 +205,10 @@ def _note_unlisted(directory: _Directory, error: OSError, notes: WalkNotes) -> N
         notes.root_failed = True
     elif isinstance(error, FileNotFoundError):
         # It vanished after its parent was listed; whether its files did is seen next time.
-        notes.unlisted.append(directory.prefix)
+        notes.unlisted.add(directory.prefix)
         return
-    notes.unlisted.append(directory.prefix)
+    notes.unlisted.add(directory.prefix)
+    notes.incomplete = True
     where = directory.prefix or path_to_text(directory.path)
     notes.problems.append(f"{where}: cannot be listed: {error.strerror or error}")
 

@@ -1,0 +1,130 @@
+"""From a file version to jobs: one per plugin version that wants it."""
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import duckdb
+
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.loading import select_jobs
+from casparian_flow.db.shapes import QUEUE
+from casparian_flow.domain.jobs import JobStatus
+from casparian_flow.domain.records import Job
+from casparian_flow.services.routing import (
+    MANUAL_PRIORITY,
+    Match,
+    Rule,
+    RuleSet,
+    Subscriber,
+    compile_rule_set,
+    parse_tags,
+)
+
+QUEUE_TABLE = "cf_processing_queue"
+
+
+class Wanted(NamedTuple):
+    """A job to be made."""
+
+    version_id: int
+    match: Match
+    generation: int = 0
+    retry_of: int | None = None
+
+
+def load_rule_set(connection: duckdb.DuckDBPyConnection) -> RuleSet:
+    """The routing rules and subscriptions as they are now, compiled.
+
+    The rows are read every time, since anybody may have changed them, and compiled once.
+    """
+    rules = connection.execute(
+        "SELECT pattern, tag, priority FROM cf_routing_rule ORDER BY priority DESC, id"
+    ).fetchall()
+    subscribers = connection.execute(
+        """
+        SELECT c.plugin_name, max(m.id), c.subscription_tags
+        FROM cf_plugin_config c
+        JOIN cf_plugin_manifest m ON m.plugin_name = c.plugin_name AND m.status = 'ACTIVE'
+        GROUP BY c.plugin_name, c.subscription_tags ORDER BY c.plugin_name
+        """
+    ).fetchall()
+    return _compiled(tuple(rules), tuple(subscribers))
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    rules: tuple[tuple[str, str, int], ...], subscribers: tuple[tuple[str, int, str], ...]
+) -> RuleSet:
+    return compile_rule_set(
+        (Rule(*row) for row in rules),
+        (Subscriber(plugin, manifest, parse_tags(tags)) for plugin, manifest, tags in subscribers),
+    )
+
+
+def manual_tags(
+    connection: duckdb.DuckDBPyConnection, location_ids: Collection[int]
+) -> dict[int, dict[str, int]]:
+    """Tags that people gave to these locations, as `RuleSet.tags` has them."""
+    if not location_ids:
+        return {}
+    tags: dict[int, dict[str, int]] = {}
+    rows = connection.execute(
+        "SELECT file_id, tag FROM cf_file_tag WHERE file_id IN (SELECT unnest($1::BIGINT[]))",
+        [list(location_ids)],
+    ).fetchall()
+    for location_id, tag in rows:
+        tags.setdefault(location_id, {})[tag] = MANUAL_PRIORITY
+    return tags
+
+
+def merged_tags(ruled: dict[str, int], manual: dict[str, int] | None) -> dict[str, int]:
+    """Tags from rules and from people; a rule's priority goes before the manual one."""
+    return {**manual, **ruled} if manual else ruled
+
+
+def existing_jobs(
+    connection: duckdb.DuckDBPyConnection, version_ids: Collection[int]
+) -> set[tuple[int, str, int]]:
+    """(version, plugin, manifest) of every job that these versions have."""
+    if not version_ids:
+        return set()
+    rows = connection.execute(
+        f"""
+        SELECT DISTINCT file_version_id, plugin_name, coalesce(plugin_manifest_id, 0)
+        FROM {QUEUE_TABLE} WHERE file_version_id IN (SELECT unnest($1::BIGINT[]))
+        """,
+        [list(version_ids)],
+    ).fetchall()
+    return {(version, plugin, manifest) for version, plugin, manifest in rows}
+
+
+def enqueue(
+    ledger: Ledger,
+    connection: duckdb.DuckDBPyConnection,
+    wanted: Sequence[Wanted],
+    now_us: int,
+) -> list[Job]:
+    """Insert QUEUED jobs within the open transaction; returns them as the broker wants them."""
+    if not wanted:
+        return []
+    ids = ledger.next_ids(QUEUE_TABLE, len(wanted))
+    rows = [
+        (
+            job_id,
+            item.version_id,
+            item.match.plugin,
+            None,
+            JobStatus.QUEUED.value,
+            item.match.priority,
+            item.generation,
+            item.retry_of,
+            item.match.manifest_id or None,
+            None,
+            now_us,
+            None,
+        )
+        for job_id, item in zip(ids, wanted, strict=True)
+    ]
+    QUEUE.insert(connection, rows)
+    return select_jobs(connection, "id >= $1 AND id < $2", [ids.start, ids.stop])
