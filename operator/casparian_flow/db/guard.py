@@ -5,7 +5,7 @@ query: 1 MB for a million jobs. It always shows what the committed journal says,
 queue table lags behind it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from casparian_flow.domain.errors import InvalidTransitionError, InvariantError
 from casparian_flow.domain.jobs import TRANSITIONS, JobStatus
@@ -32,11 +32,11 @@ class StatusMap:
         code = self._codes[job_id] if 0 < job_id < len(self._codes) else 0
         return _STATUSES[code - 1] if code else None
 
-    def fill(self, rows: Iterable[tuple[int, int]]) -> None:
-        """Take over (job id, code) pairs as committed facts."""
-        for job_id, code in rows:
-            self._reach(job_id)
-            self._codes[job_id] = code
+    def fill(self, first_id: int, codes: bytes) -> None:
+        """Take over the codes of consecutive ids as committed facts."""
+        if codes:
+            self._reach(first_id + len(codes) - 1)
+            self._codes[first_id : first_id + len(codes)] = codes
 
     def add(self, job_id: int, status: JobStatus) -> None:
         """A new job.

@@ -29,6 +29,7 @@ class HighWater:
             LedgerCorruptError: it belongs to another ledger.
             OSError: it cannot be opened.
         """
+        self._path = path
         self._ledger_id = ledger_id
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._slot = 0
@@ -58,6 +59,11 @@ class HighWater:
         os.fdatasync(self._fd)
         self.mark = mark
         self._slot = 1 - self._slot
+
+    def remove(self) -> None:
+        """Close and delete the sidecar: the ledger beside it becomes another one."""
+        self.close()
+        self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._fd >= 0:

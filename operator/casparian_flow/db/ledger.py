@@ -11,6 +11,7 @@ it: closing any descriptor of it drops DuckDB's lock on it (POSIX locks belong t
 """
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,9 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
 import duckdb
+import pyarrow as pa
 
-from casparian_flow.db import folding, loading, opening, shapes
+from casparian_flow.db import check, exchange, folding, loading, opening, shapes, snapshot
 from casparian_flow.db.counters import Counters
 from casparian_flow.db.engine_errors import commit_error, is_fatal
 from casparian_flow.db.grants import SliceHead, advance, judge, sliced
@@ -30,6 +32,7 @@ from casparian_flow.db.highwater import HighWater
 from casparian_flow.db.journal import Folded, encode_data, fold_into
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import (
+    ConflictError,
     InvariantError,
     LedgerCorruptError,
     LedgerLockedError,
@@ -59,6 +62,7 @@ CHECKPOINT_MB: Final = 48
 IDLE_CHECKPOINT_BYTES: Final = 4 << 20
 """Size above which an idle ledger checkpoints by itself, so that commits need not."""
 MEMORY_LIMIT: Final = "512MB"
+_STATUS_CHUNK: Final = 1 << 18
 _QUEUE: Final = "cf_processing_queue"
 _LIVE: Final = LEASED | {JobStatus.STAGED}
 
@@ -103,6 +107,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._closed = False
         self._in_transaction = False
+        self._snapshots = 0
         self._open()
 
     # -- opening and closing ------------------------------------------------------------------
@@ -144,14 +149,18 @@ class Ledger:
         self._highwater: HighWater | None = None
         try:
             self._settings()
-            self.ledger_id = opening.prepare(self._connection, self.path, self._clock)
-            self._check_highwater()
-            self._read_state()
+            self._reload()
         except BaseException:
             self._release()
             raise
         self._create = False
         self._checkpoint()
+
+    def _reload(self) -> None:
+        """Take the whole state in memory from the tables."""
+        self.ledger_id = opening.prepare(self._connection, self.path, self._clock)
+        self._check_highwater()
+        self._read_state()
 
     def _settings(self) -> None:
         for setting in (
@@ -206,13 +215,19 @@ class Ledger:
         }
 
     def _fill_statuses(self, first_id: int) -> None:
+        """Read the statuses of all jobs from `first_id` on, in id order, a chunk at a time."""
         cases = " ".join(f"WHEN '{status}' THEN {code}" for status, code in CODE.items())
-        cursor = self._connection.execute(
-            f"SELECT id, CASE status {cases} END::UTINYINT FROM {_QUEUE} WHERE id >= $1",
-            [first_id],
-        )
-        while rows := cursor.fetchmany(100_000):
-            self._statuses.fill(rows)
+        row = self._connection.execute(f"SELECT max(id) FROM {_QUEUE}").fetchone()
+        last_id = int(row[0] or 0) if row else 0
+        for low in range(first_id, last_id + 1, _STATUS_CHUNK):
+            high = min(low + _STATUS_CHUNK, last_id + 1)
+            codes = self._connection.execute(
+                f"SELECT coalesce(CASE q.status {cases} END, 0)::UTINYINT "
+                f"FROM range({low}, {high}) r(id) "
+                f"LEFT JOIN (SELECT id, status FROM {_QUEUE} WHERE id >= {low} AND id < {high}) q "
+                "ON q.id = r.id ORDER BY r.id"
+            ).to_arrow_table()
+            self._statuses.fill(low, b"".join(_bytes_of(c) for c in codes.column(0).chunks))
 
     def reopen(self) -> None:
         """Close and open the file again, after a failure whose outcome is unknown.
@@ -671,6 +686,84 @@ class Ledger:
         with self._lock:
             return self._statuses.get(job_id)
 
+    # -- copies and checks ----------------------------------------------------------------------
+
+    def snapshot(self, directory: str | Path) -> Path:
+        """Make a consistent copy in `directory`, for `duckdb.connect(path, read_only=True)`.
+
+        The caller deletes it, with the `.wal` beside it. Nothing commits meanwhile.
+
+        Raises:
+            LedgerUnavailableError: no space, or no `cp` command.
+        """
+        with self._lock:
+            self.fold()
+            self._snapshots += 1
+            name = f"{self.ledger_id}-{os.getpid()}-{self._snapshots}.duckdb"
+            target = Path(directory).resolve() / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if self.path is None:
+                snapshot.copy_memory(self._connection, target)
+            else:
+                snapshot.copy_files(self.path, target)
+            return target
+
+    def check(self) -> list[str]:
+        """Broken rules between tables, one line each; empty when sound."""
+        with self._lock:
+            self.fold()
+            return check.violations(self._connection)
+
+    def export_to(self, directory: str | Path) -> dict[str, int]:
+        """Write the whole history to a new folder, a Parquet file per table; rows by table.
+
+        Raises:
+            ConflictError: the folder is not empty.
+            LedgerUnavailableError: it could not be written.
+        """
+        with self._lock:
+            self.fold()
+            try:
+                return exchange.export_tables(self._connection, Path(directory), self.ledger_id)
+            except duckdb.IOException as error:
+                raise commit_error(error, outcome_unknown=False) from error
+
+    def import_from(self, directory: str | Path) -> dict[str, Any]:
+        """Take over an export into this ledger, which must be new; its id becomes the export's.
+
+        Returns:
+            {"tables": rows by table, "left_behind": names of what this schema has no place for}.
+
+        Raises:
+            ConflictError: this ledger holds history already.
+            NotFoundError, UsageError: there is no export, or it is damaged; nothing is changed.
+        """
+        with self._lock:
+            self._require_usable()
+            for table in ("cf_source_root", _QUEUE, "cf_journal", "cf_plugin_manifest"):
+                if self._connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():
+                    raise ConflictError(
+                        f"this ledger holds history already ({table})",
+                        hint="Import into a ledger file that does not exist yet.",
+                    )
+            try:
+                self._begin()
+                result = exchange.import_tables(self._connection, Path(directory))
+                self._connection.execute(
+                    """
+                    UPDATE cf_meta SET value = (1 + greatest(
+                        value::BIGINT, (SELECT coalesce(max(seq), 0) FROM cf_journal)))::VARCHAR
+                    WHERE key = 'transaction_seq'
+                    """
+                )
+                self._end()
+            except BaseException as error:  # noqa: BLE001 - _fail raises it again
+                self._fail(error)
+            if self._highwater is not None:
+                self._highwater.remove()
+            self._reload()
+            return result
+
     # -- small helpers ------------------------------------------------------------------------
 
     def _history_lines(self, job_id: int) -> list[str]:
@@ -725,6 +818,14 @@ class Ledger:
         if is_fatal(error):
             self.must_reopen = True
         raise commit_error(error, self.must_reopen) from error
+
+
+def _bytes_of(codes: "pa.Array[Any]") -> bytes:
+    """The values of a UTINYINT column without nulls, one byte each."""
+    values = codes.buffers()[1]
+    if values is None:
+        return b""
+    return bytes(memoryview(values)[codes.offset : codes.offset + len(codes)])
 
 
 _OWN_FAULTS = (
