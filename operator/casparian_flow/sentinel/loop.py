@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError, SentinelUnreachableError
-from casparian_flow.domain.records import BatchItem, Job, PluginSpec
-from casparian_flow.sentinel.core import Completion, Failed, LedgerOps, LedgerWriter, SentinelCore
+from casparian_flow.domain.records import BatchItem, Completion, Job, PluginSpec
+from casparian_flow.sentinel.core import Failed, LedgerOps, LedgerWriter, SentinelCore
 from casparian_flow.sentinel.events import Event, PluginsChanged, Reply, Rescan, Send
 from casparian_flow.sentinel.metrics import SentinelMetrics
 
@@ -65,11 +65,15 @@ class CoreLoop(Generic[L]):
 
     Args:
         core: driven by `turn` alone.
+        writer: the core's.
         wake: makes the thread that calls `turn` do so soon.
     """
 
-    def __init__(self, core: SentinelCore[L], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, core: SentinelCore[L], writer: LedgerWriter[L], wake: Callable[[], None]
+    ) -> None:
         self.core = core
+        self._writer = writer
         self._wake = wake
         self._inbox: deque[Callable[[], None]] = deque()
         self._waiting: set[Future[Any]] = set()
@@ -92,6 +96,12 @@ class CoreLoop(Generic[L]):
 
         self._post(future, enter)
         return future
+
+    def call(self, fn: Callable[[L], T]) -> Future[T]:
+        """Run something in the ledger's thread that neither makes jobs nor changes the wiring."""
+        if self._closed:
+            raise _stopping()
+        return self._writer.call(fn)
 
     def enlist(self, fn: Callable[[L], tuple[T, Sequence[Job]]]) -> Future[T]:
         """Run a write in the ledger's thread that makes jobs, and tell the broker of them."""
