@@ -39,13 +39,11 @@ _NEW_LOCATIONS = RowShape(
         "source_root_id": "BIGINT",
         "rel_path": "VARCHAR",
         "filename": "VARCHAR",
-        "last_known_mtime": "DOUBLE",
-        "last_known_size": "BIGINT",
         "current_version_id": "BIGINT",
         "discovered_time": "TIMESTAMP",
         "last_seen_time": "TIMESTAMP",
-        "dev": "UBIGINT",
-        "ino": "UBIGINT",
+        "dev": "BIGINT",
+        "ino": "BIGINT",
         "size": "BIGINT",
         "mtime_ns": "BIGINT",
         "ctime_ns": "BIGINT",
@@ -57,8 +55,8 @@ _CHANGED_LOCATIONS = RowShape(
     {
         "id": "BIGINT",
         "current_version_id": "BIGINT",
-        "dev": "UBIGINT",
-        "ino": "UBIGINT",
+        "dev": "BIGINT",
+        "ino": "BIGINT",
         "size": "BIGINT",
         "mtime_ns": "BIGINT",
         "ctime_ns": "BIGINT",
@@ -76,8 +74,8 @@ _NEW_VERSIONS = RowShape(
         "modified_time": "TIMESTAMP",
         "detected_at": "TIMESTAMP",
         "applied_tags": "VARCHAR",
-        "dev": "UBIGINT",
-        "ino": "UBIGINT",
+        "dev": "BIGINT",
+        "ino": "BIGINT",
         "mtime_ns": "BIGINT",
         "ctime_ns": "BIGINT",
     },
@@ -172,10 +170,8 @@ def _check(finding: FileFinding) -> None:
     digest = finding.content_hash
     if digest and (len(digest) != 64 or not _HEX.issuperset(digest)):
         raise UsageError(f"{finding.rel_path!r}: {digest[:80]!r} is no SHA-256 in hex")
-    dev, ino, size, mtime_ns, ctime_ns = finding.signature
-    unsigned = all(0 <= n < 1 << 64 for n in (dev, ino))
-    signed = all(-(1 << 63) <= n < 1 << 63 for n in (mtime_ns, ctime_ns, finding.hashed_at_us))
-    if not (unsigned and signed and 0 <= size < 1 << 63):
+    numbers = (*finding.signature, finding.hashed_at_us)
+    if finding.signature[2] < 0 or not all(-(1 << 63) <= n < 1 << 63 for n in numbers):
         raise UsageError(f"{finding.rel_path!r}: signature out of range")
 
 
@@ -306,8 +302,6 @@ class _Writer:
             self.root_id,
             path,
             path.rpartition("/")[2],
-            finding.signature[3] / 1e9,
-            finding.signature[2],
             version_id,
             self.now_us,
             self.now_us,
@@ -327,8 +321,7 @@ class _Writer:
             UPDATE {_LOCATION} l SET
                 current_version_id = b.current_version_id, dev = b.dev, ino = b.ino,
                 size = b.size, mtime_ns = b.mtime_ns, ctime_ns = b.ctime_ns,
-                hashed_at_us = b.hashed_at_us, last_known_size = b.size,
-                last_known_mtime = b.mtime_ns / 1e9, last_seen_time = make_timestamp($1),
+                hashed_at_us = b.hashed_at_us, last_seen_time = make_timestamp($1),
                 deleted_at = NULL
             FROM batch b WHERE l.id = b.id
             """,

@@ -17,7 +17,6 @@ Column = tuple[str, str, pa.DataType]
 
 _ARROW: dict[str, pa.DataType] = {
     "BIGINT": pa.int64(),
-    "UBIGINT": pa.uint64(),
     "INTEGER": pa.int32(),
     "VARCHAR": pa.string(),
     "BOOLEAN": pa.bool_(),

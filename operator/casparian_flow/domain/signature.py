@@ -7,7 +7,7 @@ same clock tick as the read leaves every field as it was (the "racy Git" problem
 import os
 
 Signature = tuple[int, int, int, int, int]
-"""(dev, ino, size, mtime_ns, ctime_ns); the first two unsigned, the others signed, 64 bits each."""
+"""(dev, ino, size, mtime_ns, ctime_ns), each as a signed 64-bit number."""
 
 NO_SIGNATURE: Signature = (0, 0, 0, 0, 0)
 """Of a file that was seen but never read."""
@@ -21,16 +21,21 @@ _FIRST, _LAST = -(1 << 63), (1 << 63) - 1
 def signature_of(stat: os.stat_result) -> Signature:
     """The signature of a `stat`, `lstat` or `fstat` result.
 
-    Times beyond the years 1677 to 2262, which file systems can hold but 64-bit nanoseconds
-    cannot, stand at the nearest end.
+    Everything fits a signed 64-bit column: device and inode numbers that use all 64 bits wrap to
+    negative ones, and times beyond the years 1677 to 2262 stand at the nearest end.
     """
     return (
-        stat.st_dev,
-        stat.st_ino,
+        signed_64(stat.st_dev),
+        signed_64(stat.st_ino),
         stat.st_size,
         min(max(stat.st_mtime_ns, _FIRST), _LAST),
         min(max(stat.st_ctime_ns, _FIRST), _LAST),
     )
+
+
+def signed_64(number: int) -> int:
+    """An unsigned 64-bit number as the signed one with the same bits."""
+    return number if number <= _LAST else number - (1 << 64)
 
 
 def is_racy(signature: Signature, hashed_at_us: int, slack_us: int = RACY_SLACK_US) -> bool:

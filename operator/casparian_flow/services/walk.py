@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from casparian_flow.domain.paths import path_to_text
+from casparian_flow.domain.signature import signed_64
 from casparian_flow.services.ignore import IgnoreRules
 
 MAX_DEPTH = 1000
@@ -94,7 +95,7 @@ def walk(root: str, rules: IgnoreRules, notes: WalkNotes) -> Iterator[Listing]:
 def _open(directory: _Directory, notes: WalkNotes) -> int:
     if directory.identity is None:
         descriptor = os.open(directory.path, _DIRECTORY)
-        notes.root_device = os.fstat(descriptor).st_dev
+        notes.root_device = signed_64(os.fstat(descriptor).st_dev)
         return descriptor
     descriptor = os.open(directory.path, _DIRECTORY | os.O_NOFOLLOW)
     found = os.fstat(descriptor)
@@ -118,7 +119,7 @@ def _list(
         _note_unlisted(directory, error, notes)
     else:
         if entries == 0:
-            notes.empty[directory.prefix] = os.fstat(descriptor).st_dev
+            notes.empty[directory.prefix] = signed_64(os.fstat(descriptor).st_dev)
     return listing, below
 
 
