@@ -68,7 +68,7 @@ GROUP BY l.rel_path, v.id
 ORDER BY l.rel_path, v.detected_at"""
 
 WRITTEN = """\
-SELECT topic, kind, split_part(uri, ':', 1) AS sink, count(*) AS outputs, sum(rows) AS rows,
+SELECT topic, kind, split_part(sink_uri, ':', 1) AS sink, count(*) AS outputs, sum(rows) AS rows,
        sum(bytes) AS bytes
 FROM cf_output GROUP BY ALL ORDER BY ALL"""
 

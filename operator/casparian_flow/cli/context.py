@@ -94,8 +94,9 @@ def limit_option(default: int = 50) -> Callable[[F], F]:
 
 
 def absolute_text(path: str) -> str:
-    """The path as the ledger writes it: absolute, as text."""
-    return path_to_text(str(Path(path).absolute()))
+    """The path as the ledger writes it: absolute, without links on the way, as text."""
+    whole = Path(path).absolute()
+    return path_to_text(str(whole.parent.resolve() / whole.name))
 
 
 def source_named(control: ControlApi, path: str) -> Row:

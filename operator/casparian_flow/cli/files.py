@@ -30,13 +30,14 @@ SOURCE_COLUMNS = (
     Column("id", "ID", right=True),
     Column("path", "PATH"),
     Column("active", "ACTIVE", yes_no),
-    Column("settle_seconds", "SETTLE", right=True),
-    Column("last_scan_at", "LAST SCAN", short_time),
+    Column("files", "FILES", right=True),
+    Column("last_scan", "LAST SCAN", short_time),
+    Column("problems", "PROBLEMS", lambda v: str(len(v)) if v else "", right=True),
 )
 FILE_COLUMNS = (
     Column("rel_path", "FILE"),
     Column("last_known_size", "SIZE", size, right=True),
-    Column("versions", "VERSIONS", right=True),
+    Column("version_seq", "VERSION", right=True),
     Column("applied_tags", "TAGS"),
     Column("last_seen_time", "LAST SEEN", short_time),
     Column("deleted_at", "DELETED", short_time),
@@ -87,6 +88,8 @@ def source_add(
         ignore=ignore,
     )
     show_data(app, row, f"watching {row.get('path', folder)}")
+    for overlap in row.get("overlaps") or []:
+        note(f"note: {one_line(overlap)}")
 
 
 @source.command("list")

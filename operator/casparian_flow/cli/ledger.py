@@ -42,6 +42,7 @@ def sql(app: App, query: str, limit: int, form: str) -> None:
       casparian sql "SELECT status, count(*) FROM cf_processing_queue GROUP BY status"
       casparian sql -o csv - < timeline.sql
     """
+    from casparian_flow.db import snapshot as snapshots
     from casparian_flow.db.readonly import select
 
     text = click.get_text_stream("stdin").read() if query == "-" else query
@@ -49,7 +50,7 @@ def sql(app: App, query: str, limit: int, form: str) -> None:
     try:
         answer = select(snapshot, text, limit=limit)
     finally:
-        snapshot.unlink(missing_ok=True)
+        snapshots.remove(snapshot)
     if form == "json":
         names = answer.columns
         click.echo(to_json([dict(zip(names, row, strict=True)) for row in answer.rows]))

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,15 @@ from casparian_flow.cli.output import one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
 from casparian_flow.cli.services import metrics_option
 from casparian_flow.cli.status import jobs_line
-from casparian_flow.cli.supervisor import Child, Death, Plan, State, Supervisor, told_exit
+from casparian_flow.cli.supervisor import (
+    Child,
+    Death,
+    Plan,
+    State,
+    Supervisor,
+    command,
+    told_exit,
+)
 from casparian_flow.cli.watcher import View, Watcher
 from casparian_flow.config import (
     CONFIG_VARIABLE,
@@ -161,7 +169,7 @@ class Run:
     environment: dict[str, str]
     workers: int
     debug: bool = False
-    make_command: Callable[..., list[str]] | None = None
+    make_command: Callable[[Sequence[str]], list[str]] = command
     judge: IdleJudge = field(default_factory=IdleJudge)
     _reports: tuple[int, int] = (-1, -1)
     _unread: bytes = b""
@@ -175,8 +183,9 @@ class Run:
         location = self.settings.database.db_location
         if not location.exists():
             self.view.line(f"ledger: making {location} (DuckDB)")
-        options = {} if self.make_command is None else {"make_command": self.make_command}
-        supervisor = Supervisor(self.clock, self._say, environment=self.environment, **options)
+        supervisor = Supervisor(
+            self.clock, self._say, make_command=self.make_command, environment=self.environment
+        )
         watcher = Watcher(self.control, self.clock)
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
