@@ -32,6 +32,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.failures import Reason
 
 
@@ -100,3 +101,19 @@ class Failed:
 
 
 Event = Started | Batch | Finished | Failed
+
+
+class LaunchError(CasparianError):
+    """The plugin's process cannot even be prepared.
+
+    Attributes:
+        reason: ENVIRONMENT or SANDBOX.
+        transient: whether a later try may succeed; None = as the reason's rule says.
+    """
+
+    def __init__(
+        self, message: str, *, reason: Reason, transient: bool | None = None, hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.transient = transient

@@ -1,0 +1,294 @@
+"""Python environments for plugins: the worker's own, or one per lockfile, built by uv and cached.
+
+    <cache>/environments/<sha256 of the lock and the interpreter>/
+        venv/          made by `uv sync --frozen`
+        ready.json     written last; its modification time says when it was last used
+    <cache>/environments/<the same>.lock    exclusive while building or removing, shared while used
+
+A build happens in a folder of another name and is renamed when complete, so that a killed worker
+leaves nothing that looks usable. Only wheels are installed: building from source would run the
+package's code outside of any sandbox.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from casparian_flow.domain.failures import Reason
+from casparian_flow.domain.lockfile import LockError, read_lock
+from casparian_worker.plugin_events import LaunchError
+
+BUILD_TIMEOUT_S = 900.0
+CACHE_BYTES_MAX = 10 << 30
+"""Least recently used environments go beyond this, down to 80 % of it."""
+_MESSAGE_BYTES_MAX = 4_000
+_NETWORK_SIGNS = (
+    "error sending request",
+    "failed to fetch",
+    "failed to download",
+    "dns error",
+    "connection refused",
+    "connection reset",
+    "timed out",
+    "network",
+    "503 service unavailable",
+    "502 bad gateway",
+)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a plugin's process is started with.
+
+    Attributes:
+        python: the base interpreter.
+        site: site-packages folders.
+        prefix: the environment's root.
+        code: every folder the process must be able to read for all this.
+    """
+
+    python: str
+    site: tuple[str, ...]
+    prefix: str
+    code: tuple[str, ...]
+
+
+def base_python() -> str:
+    """The interpreter behind the worker's own environment.
+
+    An environment's own `bin/python` is never run, since a wheel may have replaced it.
+    """
+    base: str = getattr(sys, "_base_executable", sys.executable)
+    return os.path.realpath(base)
+
+
+def own_environment() -> Environment:
+    """The worker's environment, for plugins without a lockfile."""
+    paths = sysconfig.get_paths()
+    site = tuple(dict.fromkeys((paths["purelib"], paths["platlib"])))
+    return Environment(base_python(), site, sys.prefix, _code(sys.prefix, site))
+
+
+def _code(prefix: str, site: tuple[str, ...]) -> tuple[str, ...]:
+    base = os.path.realpath(sys.base_prefix)
+    return tuple(dict.fromkeys((base, os.path.realpath(prefix), *map(os.path.realpath, site))))
+
+
+class EnvironmentCache:
+    """Builds and keeps the environments of one cache folder, which several workers may share.
+
+    An environment handed out stays in place until `close`.
+    """
+
+    def __init__(
+        self,
+        cache: str,
+        *,
+        max_bytes: int = CACHE_BYTES_MAX,
+        uv: str = "",
+        timeout_s: float = BUILD_TIMEOUT_S,
+    ) -> None:
+        """Nothing is made yet.
+
+        Args:
+            uv: the program; by default the one beside the worker's interpreter, else on PATH.
+        """
+        self._folder = Path(cache, "environments")
+        self._max_bytes = max_bytes
+        self._uv = uv or _find_uv()
+        self._timeout_s = timeout_s
+        self._held: dict[str, int] = {}
+
+    def obtain(self, lockfile: str, progress: Progress = lambda _: None) -> Environment:
+        """The environment for a lockfile, built if this cache lacks it; "" is the worker's own.
+
+        Waits while another worker builds the same one.
+
+        Args:
+            progress: told in one line each what is being done.
+
+        Raises:
+            LaunchError: the lock cannot be used, or uv failed; with uv's own message.
+        """
+        if not lockfile:
+            return own_environment()
+        key = environment_key(lockfile)
+        final = self._folder / key
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            held = self._held.get(key, -1)
+            if held < 0:
+                held = self._held[key] = _open_lock(self._folder / f"{key}.lock")
+            fcntl.flock(held, fcntl.LOCK_SH)
+            if not (final / "ready.json").exists():
+                fcntl.flock(held, fcntl.LOCK_EX)
+                if not (final / "ready.json").exists():
+                    self._build(lockfile, final, progress)
+                    self.clean(keep=key)
+                fcntl.flock(held, fcntl.LOCK_SH)
+            os.utime(final / "ready.json")
+        except OSError as error:
+            raise _refusal(f"the environment cannot be kept: {error}", transient=True) from error
+        venv = os.path.realpath(final / "venv")
+        site = tuple(str(path) for path in sorted(Path(venv, "lib").glob("python*/site-packages")))
+        return Environment(base_python(), site, venv, _code(venv, site))
+
+    def close(self) -> None:
+        """Let go of every environment handed out."""
+        for held in self._held.values():
+            os.close(held)
+        self._held.clear()
+
+    def clean(self, keep: str = "") -> list[str]:
+        """Remove least recently used environments beyond the size limit, none that is in use.
+
+        Returns:
+            The keys of those removed.
+        """
+        ready = sorted(self._folder.glob("*/ready.json"), key=lambda p: p.stat().st_mtime)
+        sizes = {path: _size_of(path) for path in ready}
+        total = sum(sizes.values())
+        removed: list[str] = []
+        if total <= self._max_bytes:
+            return removed
+        for path in ready:
+            key = path.parent.name
+            if total <= self._max_bytes * 0.8:
+                break
+            if key != keep and key not in self._held and self._remove(key):
+                total -= sizes[path]
+                removed.append(key)
+        return removed
+
+    def _remove(self, key: str) -> bool:
+        with _exclusive(self._folder / f"{key}.lock") as free:
+            if free:
+                # The marker goes first: a half-removed environment must not look usable.
+                (self._folder / key / "ready.json").unlink(missing_ok=True)
+                shutil.rmtree(self._folder / key, ignore_errors=True)
+            return free
+
+    def _build(self, lockfile: str, final: Path, progress: Progress) -> None:
+        try:
+            lock = read_lock(lockfile)
+        except LockError as error:
+            raise _refusal(str(error), hint=error.hint) from error
+        problems = lock.problems()
+        if problems:
+            raise _refusal("; ".join(problems), hint="Lock again and publish a new version.")
+        staged = Path(tempfile.mkdtemp(prefix=".build-", dir=self._folder))
+        try:
+            staged.chmod(0o755)
+            project = staged / "project"
+            project.mkdir()
+            (project / "uv.lock").write_text(lockfile, encoding="utf-8")
+            (project / "pyproject.toml").write_text(lock.pyproject(), encoding="utf-8")
+            progress(f"building an environment of {len(lock.packages)} packages")
+            self._sync(project, staged / "venv")
+            size = _bytes_below(staged / "venv")
+            shutil.rmtree(project)
+            shutil.rmtree(final, ignore_errors=True)  # of a removal that was cut short
+            (staged / "ready.json").write_text(json.dumps({"bytes": size}), encoding="ascii")
+            staged.rename(final)
+            progress(f"the environment is ready ({size >> 20} MiB)")
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _sync(self, project: Path, venv: Path) -> None:
+        command = [
+            self._uv, "sync", "--frozen", "--no-default-groups", "--no-install-project",
+            "--no-build", "--no-config", "--no-progress", "--color", "never",
+            "--compile-bytecode", "--python", base_python(), "--project", str(project),
+        ]  # fmt: skip
+        variables = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH"}}
+        variables |= {"UV_PROJECT_ENVIRONMENT": str(venv), "UV_PYTHON_DOWNLOADS": "never"}
+        try:
+            done = subprocess.run(
+                command,
+                cwd=project,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=self._timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _refusal(
+                f"uv did not finish within {self._timeout_s:g} s", transient=True
+            ) from error
+        except OSError as error:
+            raise _refusal(
+                f"uv cannot be run: {error}", hint="Install casparian-flow[worker]."
+            ) from error
+        if done.returncode:
+            told = done.stderr[-_MESSAGE_BYTES_MAX:].decode("utf-8", "replace").strip()
+            network = any(sign in told.lower() for sign in _NETWORK_SIGNS)
+            raise _refusal(f"uv sync failed: {told}", transient=network)
+
+
+def environment_key(lockfile: str) -> str:
+    """Name of a lock's environment under this interpreter."""
+    parts = (lockfile, base_python(), sys.version, sysconfig.get_platform())
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+    return digest.hexdigest()[:40]
+
+
+def _refusal(message: str, *, transient: bool = False, hint: str = "") -> LaunchError:
+    return LaunchError(message, reason=Reason.ENVIRONMENT, transient=transient, hint=hint)
+
+
+def _find_uv() -> str:
+    beside = Path(sys.prefix, "bin", "uv")
+    return str(beside) if beside.exists() else "uv"
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[bool]:
+    """Whether the lock could be had without waiting; released at the end."""
+    lock = _open_lock(path)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
+
+
+def _size_of(marker: Path) -> int:
+    try:
+        size = json.loads(marker.read_text(encoding="ascii")).get("bytes", 0)
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return size if isinstance(size, int) else 0
+
+
+def _bytes_below(folder: Path) -> int:
+    """Sum of the files' sizes; files shared with uv's cache count in full."""
+    return sum(
+        os.lstat(os.path.join(parent, name)).st_size
+        for parent, _, names in os.walk(folder)
+        for name in names
+    )

@@ -1,0 +1,174 @@
+"""One worker's plugin machinery put together: scratch, environments, guest kit, sandbox policy."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from casparian_flow.domain.clock import Clock, SystemClock
+from casparian_flow.domain.failures import Reason
+from casparian_flow.domain.records import Limits
+from casparian_flow.protocol.messages import Plugin
+from casparian_worker import sandbox
+from casparian_worker.environments import Environment, EnvironmentCache, own_environment
+from casparian_worker.guest_kit import install_kit
+from casparian_worker.guest_process import Launch
+from casparian_worker.plugin_events import Failed, LaunchError, RunRequest
+from casparian_worker.plugin_host import PluginHost
+from casparian_worker.scratch import Scratch, SlotScratch
+from casparian_worker.source import COPY_BYTES_MAX, Source, open_source
+
+UID_BASE = 60_600
+"""Of a range that neither distributions nor systemd assign to anyone."""
+THREADS_MAX = 4
+"""Threads a numeric library starts; libraries would take one per core, beyond the task limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxPolicy:
+    """How plugins are confined on this worker.
+
+    Attributes:
+        required: measures (sandbox.MEASURES) without which no plugin runs.
+        uid_base: first user id for slots of a worker started as root; 0 keeps plugins root.
+        file_bytes: largest file a plugin may write.
+        threads: what numeric libraries are told to use.
+    """
+
+    required: tuple[str, ...] = ()
+    uid_base: int = UID_BASE
+    file_bytes: int = 8 << 30
+    threads: int = field(default_factory=lambda: max(1, min(THREADS_MAX, os.cpu_count() or 1)))
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.required) - set(sandbox.MEASURES))
+        if unknown:
+            raise LaunchError(
+                f"unknown sandbox measure {unknown[0]!r}",
+                reason=Reason.SANDBOX,
+                hint="Known are: " + ", ".join(sandbox.MEASURES) + ".",
+            )
+
+
+class PluginRuntime:
+    """Makes hosts and sources for a worker's slots; see plugin_events.py for their use."""
+
+    def __init__(
+        self,
+        *,
+        scratch_root: str,
+        cache_root: str,
+        policy: SandboxPolicy | None = None,
+        clock: Clock | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+        copy_limit: int = COPY_BYTES_MAX,
+    ) -> None:
+        """Make the scratch folder, remove those of dead workers, and install the guest kit.
+
+        Raises:
+            OSError: one of the folders cannot be written.
+        """
+        self.policy = policy or SandboxPolicy()
+        self._clock = clock or SystemClock()
+        self._progress = progress
+        self._copy_limit = copy_limit
+        self._kit = install_kit(cache_root)
+        self._environments = EnvironmentCache(cache_root)
+        self._scratch = Scratch(scratch_root, uid_base=self.policy.uid_base)
+
+    def host(self, plugin: Plugin, slot: int) -> PluginHost:
+        """A host for one plugin version in one slot. Its process starts with its first job.
+
+        Two live hosts of one slot must not run at the same time: they share its folders.
+        """
+        scratch = self._scratch.slot(slot)
+
+        def launch() -> Launch:
+            environment = self._environments.obtain(plugin.lockfile, self._progress)
+            return self._launch(environment, scratch, plugin.limits)
+
+        return PluginHost(plugin, launch=launch, scratch=scratch, clock=self._clock)
+
+    def source(self, slot: int, *, path: str, content_hash: str, size: int) -> Source:
+        """The bytes of one file version, ready for the slot's plugin. See source.open_source."""
+        return open_source(
+            path,
+            content_hash=content_hash,
+            size=size,
+            scratch=self._scratch.slot(slot),
+            clock=self._clock,
+            copy_limit=self._copy_limit,
+        )
+
+    def probe(self) -> sandbox.Report:
+        """How far the sandbox goes on this machine, found out by starting it without a plugin.
+
+        Raises:
+            LaunchError: it cannot be started, or falls short of what the policy requires.
+        """
+        plugin = Plugin("probe", "probe", "0", "", _PROBE, "", "", (), "{}", "", Limits())
+        scratch = self._scratch.slot(0)
+        launch = self._launch(own_environment(), scratch, plugin.limits)
+        host = PluginHost(plugin, launch=lambda: launch, scratch=scratch, clock=self._clock)
+        try:
+            for event in host.run(RunRequest("probe", scratch.tmp)):
+                if isinstance(event, Failed):
+                    raise LaunchError(event.message, reason=event.reason)
+            return host.sandbox_report
+        finally:
+            host.stop()
+
+    def close(self) -> None:
+        """Remove the scratch folder. Hosts must have been stopped."""
+        self._environments.close()
+        self._scratch.close()
+
+    def _launch(self, environment: Environment, scratch: SlotScratch, limits: Limits) -> Launch:
+        confinement = sandbox.Confinement(
+            code=(*environment.code, self._kit),
+            reads=(scratch.input,),
+            writes=(scratch.tmp,),
+            uid=scratch.uid,
+            memory_mb=limits.memory_mb,
+            pids=limits.pids,
+            file_bytes=self.policy.file_bytes,
+            required=self.policy.required,
+        )
+        return Launch(
+            python=environment.python,
+            kit=self._kit,
+            site=environment.site,
+            prefix=environment.prefix,
+            confinement=confinement,
+            log_bytes=limits.log_bytes,
+            variables=_variables(scratch.tmp, self.policy.threads),
+        )
+
+
+_PROBE = """
+from casparian_flow.sdk import BasePlugin
+
+class Handler(BasePlugin):
+    def execute(self, file_path):
+        return None
+"""
+
+
+def _variables(tmp: str, threads: int) -> dict[str, str]:
+    """The plugin's whole environment: nothing of the worker's but the time zone."""
+    count = str(threads)
+    variables = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": tmp,
+        "TMPDIR": tmp,
+        "USER": "plugin",
+        "LOGNAME": "plugin",
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "NUMEXPR_MAX_THREADS": count,
+        "POLARS_MAX_THREADS": count,
+        "ARROW_IO_THREADS": count,
+    }
+    zone = os.environ.get("TZ")
+    return variables | ({"TZ": zone} if zone else {})

@@ -1,0 +1,157 @@
+"""Folders for one worker process: inputs for the plugins to read, a place for them to write.
+
+<root>/worker-XXXX/           0711, held by a lock as long as its worker lives
+    lock
+    slot-0/input/             the worker writes, the slot's user reads
+    slot-0/tmp/               the slot's user writes
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_USERS = 400
+"""How many user ids from `uid_base` on may be used."""
+_LOCK_FOLDERS = ("/run/lock", "/run", tempfile.gettempdir())
+
+
+@dataclass(frozen=True, slots=True)
+class SlotScratch:
+    """One slot's folders.
+
+    Attributes:
+        uid: user (and group) id of the slot's plugins, 0 where they share the worker's.
+    """
+
+    input: str
+    tmp: str
+    uid: int
+
+    def new_input(self, name: str) -> str:
+        """A fresh folder for one job's input, readable by the slot's user and no other.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        folder = tempfile.mkdtemp(prefix=f"{name}-", dir=self.input)
+        self.show(folder, 0o750)
+        return folder
+
+    def show(self, path: str | int, mode: int) -> None:
+        """Let the slot's user in by its group."""
+        if self.uid:
+            os.chown(path, -1, self.uid)
+        os.chmod(path, mode)
+
+    def clear_tmp(self) -> None:
+        """Empty the folder the plugin writes to; called when its process is gone."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        self._make_tmp()
+
+    def _make_tmp(self) -> None:
+        os.makedirs(self.tmp, exist_ok=True)
+        os.chmod(self.tmp, 0o700)
+        if self.uid:
+            os.chown(self.tmp, self.uid, self.uid)
+
+
+class Scratch:
+    """The scratch folders of one worker process.
+
+    Opening removes what workers that are gone left behind.
+    """
+
+    def __init__(self, root: str, *, uid_base: int = 0) -> None:
+        """Make them.
+
+        Args:
+            uid_base: first user id that slots may take when the worker is root, 0 for none.
+
+        Raises:
+            OSError: the root cannot be written.
+        """
+        Path(root).mkdir(parents=True, exist_ok=True)
+        self.cleaned = remove_dead(root)
+        self.folder = tempfile.mkdtemp(prefix="worker-", dir=root)
+        os.chmod(self.folder, 0o711)  # noqa: S103 - its users pass through, they cannot list it
+        # Locked before it has the name that `remove_dead` looks for.
+        self._lock = _hold(os.path.join(self.folder, "lock.new"))
+        os.rename(os.path.join(self.folder, "lock.new"), os.path.join(self.folder, "lock"))
+        self._uid_base = uid_base if os.geteuid() == 0 else 0
+        self._users: dict[int, tuple[int, int]] = {}
+
+    def slot(self, number: int) -> SlotScratch:
+        """The folders of a slot, made when first asked for."""
+        uid = self._user(number)
+        base = os.path.join(self.folder, f"slot-{number}")
+        slot = SlotScratch(os.path.join(base, "input"), os.path.join(base, "tmp"), uid)
+        os.makedirs(slot.input, exist_ok=True)
+        for folder in (base, slot.input):
+            slot.show(folder, 0o750)
+        slot._make_tmp()  # noqa: SLF001 - one class in two parts
+        return slot
+
+    def close(self) -> None:
+        """Remove everything and give the user ids back."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for _, lock in self._users.values():
+            if lock >= 0:
+                os.close(lock)
+        self._users.clear()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _user(self, number: int) -> int:
+        """A user id that no other slot on this machine has, so that its tasks can be counted."""
+        if self._uid_base == 0:
+            return 0
+        if number not in self._users:
+            self._users[number] = _claim_user(self._uid_base, number)
+        return self._users[number][0]
+
+
+def _claim_user(base: int, number: int) -> tuple[int, int]:
+    """(user id, lock); without any place for locks, an id by the slot's number alone."""
+    for folder in _LOCK_FOLDERS:
+        for uid in range(base, base + _USERS):
+            try:
+                lock = _hold(os.path.join(folder, f"casparian-uid-{uid}.lock"))
+            except BlockingIOError:
+                continue
+            except OSError:
+                break
+            return uid, lock
+    return base + number % _USERS, -1
+
+
+def _hold(path: str, *, create: bool = True) -> int:
+    """Take an exclusive lock, kept until the descriptor is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    lock = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def remove_dead(root: str) -> int:
+    """Remove the folders of workers that no longer run; returns how many."""
+    removed = 0
+    for folder in Path(root).glob("worker-*"):
+        with contextlib.suppress(OSError):
+            lock = _hold(str(folder / "lock"), create=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+            removed += 1
+    return removed
