@@ -15,7 +15,7 @@ import pytest
 from casparian_flow.cli.app import run
 from casparian_flow.cli.context import App
 from casparian_flow.domain.errors import ConflictError, LedgerLockedError, NotFoundError
-from casparian_flow.sentinel.api import ControlApi
+from casparian_flow.sentinel.control import ControlClient
 
 JOB = {"id": 7, "status": "FAILED", "plugin_name": "sales", "rel_path": "a\x1b[31m\n.csv"}
 
@@ -65,7 +65,7 @@ def casparian(
 
     def call(*argv: str, **answers: Any) -> Outcome:
         control = ScriptedControl(answers)
-        app = App(connector=lambda _settings: cast(ControlApi, control))
+        app = App(connector=lambda _settings: cast(ControlClient, control))
         code = run(argv, app)
         streams = capsys.readouterr()
         return Outcome(code, streams.out, streams.err, control)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,10 +12,13 @@ from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.sentinel.api import ControlApi, Row
 
+if TYPE_CHECKING:
+    from casparian_flow.sentinel.control import ControlClient
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def connect(settings: Settings) -> ControlApi:
+def connect(settings: Settings) -> "ControlClient":
     """The running Sentinel's control API, or the ledger opened in this process."""
     from casparian_flow.sentinel.control import connect as connect_control
 
@@ -34,9 +37,9 @@ class App:
     config: Path | None = None
     debug: bool = False
     output: str = "table"
-    connector: Callable[[Settings], ControlApi] = connect
+    connector: Callable[[Settings], "ControlClient"] = connect
     _settings: Settings | None = field(default=None, repr=False)
-    _control: ControlApi | None = field(default=None, repr=False)
+    _control: "ControlClient | None" = field(default=None, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -59,9 +62,7 @@ class App:
     def close(self) -> None:
         control, self._control = self._control, None
         if control is not None:
-            close = getattr(control, "close", None)
-            if close is not None:
-                close()
+            control.close()
 
 
 pass_app = click.make_pass_decorator(App)
