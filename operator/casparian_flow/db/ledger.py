@@ -673,6 +673,16 @@ class Ledger:
             self._require_usable()
             return self._connection.cursor()
 
+    def resync(self) -> None:
+        """Take note of rows that another connection of this process has written."""
+        with self._lock:
+            if self._closed or self.must_reopen or self._in_transaction:
+                return
+            first_job = self._counters.peek(_QUEUE)
+            self._counters.seed(self._connection)
+            if self._counters.peek(_QUEUE) > first_job:
+                self._fill_statuses(first_job)
+
     def history(self, job_id: int) -> list[dict[str, Any]]:
         """The job's journal, oldest first: seq, kind, attempt, at (UTC), data (JSON text)."""
         return self.query(

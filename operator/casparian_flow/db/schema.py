@@ -10,6 +10,7 @@ Times are naive TIMESTAMP in UTC; columns ending in `_us` or `_ns` are integers 
 """
 
 import hashlib
+import re
 from enum import StrEnum
 
 from casparian_flow.domain.jobs import CompletionStatus, JobStatus, JournalKind
@@ -302,3 +303,25 @@ def fingerprint() -> str:
     """
     lines = sorted(f"{name}:{' '.join(columns.split())}" for name, columns in TABLES.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def column_names(table: str) -> tuple[str, ...]:
+    """The columns of a table, in order."""
+    lines = (line.strip() for line in TABLES[table].splitlines())
+    return tuple(found[1] for line in lines if (found := _COLUMN.match(line)))
+
+
+def primary_key(table: str) -> tuple[str, ...]:
+    """The columns of a table's primary key; empty for the append-only tables."""
+    definition = TABLES[table]
+    listed = _KEY_LIST.search(definition)
+    if listed:
+        return tuple(name.strip() for name in listed[1].split(","))
+    lines = (line.strip() for line in definition.splitlines())
+    return tuple(
+        found[1] for line in lines if "PRIMARY KEY" in line and (found := _COLUMN.match(line))
+    )
+
+
+_COLUMN = re.compile(r'"?([a-z_0-9]+)"? (?=[A-Z]+\b)')
+_KEY_LIST = re.compile(r"PRIMARY KEY \(([^)]*)\)")
