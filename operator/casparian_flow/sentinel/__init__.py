@@ -1,1 +1,28 @@
-"""The control plane's heart: broker, its shells, and the calls others may make."""
+"""The control plane's heart: broker, its shells, and the calls others may make.
+
+`Sentinel`, `SentinelConfig` and `JobQueue` are loaded when they are first named, so that whoever
+imports only the broker or the API needs neither zmq nor duckdb.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from casparian_flow.db.job_queue import JobDetails, JobQueue
+    from casparian_flow.sentinel.server import Sentinel, SentinelConfig
+
+_HOMES = {
+    "JobDetails": "casparian_flow.db.job_queue",
+    "JobQueue": "casparian_flow.db.job_queue",
+    "Sentinel": "casparian_flow.sentinel.server",
+    "SentinelConfig": "casparian_flow.sentinel.server",
+}
+
+__all__ = ["JobDetails", "JobQueue", "Sentinel", "SentinelConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)

@@ -915,8 +915,8 @@ class Broker:
             if job.status is not JobStatus.QUEUED:
                 continue
             if wait_us > 0:
-                # The wall clock may have jumped: never wait longer than a retry could.
-                seconds = min(wait_us / 1e6, self.config.retry.max_delay_s)
+                # The wall clock may have jumped: never wait longer than this retry could.
+                seconds = min(wait_us / 1e6, self.config.retry.longest_s(job.retry_count))
                 self.queue.push_delayed(job, now.mono + seconds)
             else:
                 self.queue.push(job)

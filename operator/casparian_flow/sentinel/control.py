@@ -10,17 +10,21 @@ process and carries the same operations out here, so that a command works either
 import itertools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from casparian_flow.domain.clock import Clock, SystemClock
 from casparian_flow.domain.errors import (
+    LedgerLockedError,
     ProtocolError,
     SentinelUnreachableError,
     UsageError,
 )
+from casparian_flow.sentinel import paths
 from casparian_flow.sentinel.api import ControlApi
 from casparian_flow.sentinel.control_codec import (
     OPERATIONS,
@@ -31,6 +35,9 @@ from casparian_flow.sentinel.control_codec import (
     result_of,
 )
 
+if TYPE_CHECKING:
+    from casparian_flow.config import Settings
+
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_S = 60.0
 LONG_TIMEOUT_S = 3600.0
@@ -40,6 +47,7 @@ LONG = frozenset(
 """Operations whose time grows with the ledger."""
 START_WAIT_S = 10.0
 """How long a Sentinel may hold the ledger before it answers on its socket."""
+START_POLL_S = 0.1
 _UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _DOWN = (
     zmq.EVENT_DISCONNECTED
@@ -229,3 +237,51 @@ for _name in OPERATIONS:
 def remote(address: str, *, timeout_s: float | None = None) -> ControlClient:
     """A RemoteControl under its static type. Connects with the first call."""
     return cast(ControlClient, RemoteControl(address, timeout_s=timeout_s))
+
+
+def connect(
+    target: "str | Path | Settings",
+    *,
+    control_address: str = "",
+    timeout_s: float | None = None,
+    clock: Clock | None = None,
+) -> ControlClient:
+    """The control plane of a ledger: the Sentinel that owns it, else the ledger opened here.
+
+    Args:
+        target: the ledger's file, or settings that name it and the control socket.
+        control_address: where the Sentinel listens, if not beside the ledger.
+        timeout_s: of every call to a Sentinel; None = by operation.
+
+    Raises:
+        LedgerLockedError: some process has the ledger open and answers to nobody.
+        LedgerError: the ledger cannot be used.
+    """
+    if isinstance(target, str | Path):
+        database, address = target, control_address
+    else:
+        database = target.database.db_location
+        address = control_address or target.sentinel.control_address
+    clock = clock or SystemClock()
+    deadline = clock.now().mono + START_WAIT_S
+    while True:
+        client = remote(paths.control_address(database, address), timeout_s=timeout_s)
+        try:
+            client.ping()
+            return client
+        except SentinelUnreachableError:
+            client.close()
+        try:
+            return _open_here(database, clock)
+        except LedgerLockedError:
+            # A Sentinel that is just starting or stopping holds the ledger without answering.
+            if clock.now().mono >= deadline:
+                raise
+        threading.Event().wait(START_POLL_S)
+
+
+def _open_here(database: str | Path, clock: Clock) -> ControlClient:
+    # Only here are duckdb and all that comes with it needed.
+    from casparian_flow.sentinel.local import LocalControl
+
+    return LocalControl.open(database, clock=clock)

@@ -1,0 +1,563 @@
+"""Every call of ControlApi, carried out on a ledger and a core.
+
+Reads look at the ledger through a cursor of their own, after a fold. Writes run in the ledger's
+thread; those that make jobs or change the wiring tell the broker in the order in which they
+became durable. What concerns a running job goes through the broker, which alone knows whether a
+cancel still comes in time.
+
+The same class serves the Sentinel's control socket and a command that opens the ledger itself.
+"""
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from casparian_flow import __version__
+from casparian_flow.db import inventory, queries, requeue, sources
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.domain.clock import Clock, Now
+from casparian_flow.domain.errors import (
+    ConflictError,
+    LedgerError,
+    NotFoundError,
+    SentinelUnreachableError,
+    UsageError,
+)
+from casparian_flow.domain.ids import JobId
+from casparian_flow.domain.jobs import TERMINAL, JobStatus
+from casparian_flow.domain.records import Job, PluginSpec
+from casparian_flow.sentinel import events as e
+from casparian_flow.sentinel.api import ChunkResult, FileFinding, Row, ScanReport
+from casparian_flow.sentinel.broker import Broker, Worker
+from casparian_flow.sentinel.causes import Facts, explain
+from casparian_flow.sentinel.control_codec import Operation
+from casparian_flow.sentinel.core import SentinelCore
+from casparian_flow.sentinel.loop import CoreLoop
+from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC, as in the ledger
+LOADING_WAIT_S = 10.0
+LOADING_POLL_S = 0.05
+"""A job of a long queue may not have been read into the broker yet."""
+SNAPSHOT_AGE_S = 3600.0
+"""Snapshots older than this were left behind by a caller that died."""
+QUIET = frozenset(
+    {
+        "ping", "status", "list_jobs", "show_job", "job_log", "list_dead_letters", "list_sources",
+        "list_files", "versions", "inventory", "next_rescans", "list_plugins", "list_topics",
+        "list_rules", "list_workers", "snapshot", "check", "begin_scan", "commit_chunk",
+        "finish_scan",
+    }
+)  # fmt: skip
+"""Operations that change nothing people decided, or come in great numbers; not logged."""
+_actor: ContextVar[str] = ContextVar("actor", default="")
+
+
+class ControlPlane:
+    """Implements ControlApi.
+
+    Args:
+        loop: driven by another thread.
+        database: where the ledger is; snapshots go beside it.
+        bind_address: where workers connect, "" if no Sentinel serves any.
+        stop: ends the Sentinel; None if there is none.
+    """
+
+    def __init__(
+        self,
+        loop: CoreLoop[Ledger],
+        *,
+        database: str | Path,
+        clock: Clock,
+        bind_address: str = "",
+        stop: Callable[[], None] | None = None,
+    ) -> None:
+        self._loop = loop
+        self._database = str(database)
+        self._clock = clock
+        self._bind_address = bind_address
+        self._stop = stop
+        self._started_us = clock.now().wall_us
+        self._ledger_id, self._epoch = "", 0
+
+    def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: object) -> object:
+        """One operation by name, for the control socket; writes are logged with their caller."""
+        token = _actor.set(str(caller))
+        try:
+            if operation.name not in QUIET:
+                log.info("%s by %s", operation.name, caller)
+            return getattr(self, operation.name)(**arguments)
+        finally:
+            _actor.reset(token)
+
+    # -- ways to the ledger and the broker ----------------------------------------------------
+
+    def _now_us(self) -> int:
+        return self._clock.now().wall_us
+
+    def _write(self, fn: Callable[[Ledger], T]) -> T:
+        """Run in the ledger's thread, where neither jobs nor wiring change."""
+        return self._loop.call(fn).result()
+
+    def _enlist(self, fn: Callable[[Ledger], tuple[T, Sequence[Job]]]) -> T:
+        return self._loop.enlist(fn).result()
+
+    def _rewire(self, fn: Callable[[Ledger], T]) -> T:
+        def run(ledger: Ledger) -> tuple[T, Sequence[PluginSpec]]:
+            result = fn(ledger)
+            return result, ledger.plugin_specs()
+
+        return self._loop.rewire(run).result()
+
+    @contextmanager
+    def _reader(self) -> Iterator[queries.Connection]:
+        """A cursor that sees everything committed so far, for use in this thread."""
+        connection = self._write(_fresh_reader)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def _look(self, fn: Callable[[SentinelCore[Ledger]], T]) -> T:
+        return self._loop.look(fn).result()
+
+    def _command(self, make: Callable[[Future[dict[str, Any]]], e.Event]) -> dict[str, Any]:
+        return self._loop.command(make).result()
+
+    # -- liveness and overview ----------------------------------------------------------------
+
+    def ping(self) -> Row:
+        if not self._ledger_id:
+            self._ledger_id, self._epoch = self._look(
+                lambda core: (core.broker.ledger_id, core.broker.epoch)
+            )
+        return {
+            "pid": os.getpid(),
+            "ledger_id": self._ledger_id,
+            "epoch": self._epoch,
+            "version": __version__,
+            "started_at": iso(self._started_us),
+            "db_location": self._database,
+            "bind_address": self._bind_address,
+        }
+
+    def status(self) -> Row:
+        running = self._stop is not None
+        view = self._look(lambda core: _View(core, self._clock.now()))
+        try:
+            with self._reader() as connection:
+                counts = queries.job_counts(connection)
+                standing = queries.standing(connection, self._now_us())
+            plugins, sources = self.list_plugins(), self.list_sources()
+        except LedgerError as error:
+            # The one moment when status matters most: tell what is known without the ledger.
+            return self._status_without_ledger(view, error)
+        facts = Facts(
+            running, view.problem, counts, standing, view.workers, view.stuck, view.orphans
+        )
+        return {
+            "sentinel": self._sentinel_row() if running else None,
+            "ledger": {"path": self._database, "state": _told(view.problem)},
+            "jobs": counts,
+            "workers": view.workers,
+            "plugins": plugins,
+            "sources": sources,
+            "causes": explain(facts),
+        }
+
+    def _status_without_ledger(self, view: "_View", error: LedgerError) -> Row:
+        problem = view.problem or (str(error), error.hint)
+        return {
+            "sentinel": self._sentinel_row() if self._stop is not None else None,
+            "ledger": {"path": self._database, "state": _told(problem)},
+            "jobs": {},
+            "workers": view.workers,
+            "plugins": [],
+            "sources": [],
+            "causes": [
+                {"cause": f"the ledger cannot be used: {problem[0]}", "cure": problem[1]},
+            ],
+        }
+
+    def _sentinel_row(self) -> Row:
+        row = self.ping()
+        return {
+            "pid": row["pid"],
+            "workers_connect_to": self._bind_address,
+            "started_at": row["started_at"],
+            "epoch": row["epoch"],
+        }
+
+    def stop(self) -> None:
+        if self._stop is None:
+            raise SentinelUnreachableError(
+                "no Sentinel runs for this ledger", hint="There is nothing to stop."
+            )
+        self._stop()
+
+    def list_workers(self) -> list[Row]:
+        return self._look(lambda core: worker_rows(core.broker, self._clock.now()))
+
+    # -- jobs -----------------------------------------------------------------------------------
+
+    def list_jobs(
+        self,
+        *,
+        status: str | None = None,
+        plugin: str | None = None,
+        path: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[Row]:
+        with self._reader() as connection:
+            return queries.list_jobs(
+                connection, status=status, plugin=plugin, path=path, limit=limit, offset=offset
+            )
+
+    def show_job(self, job_id: int) -> Row:
+        with self._reader() as connection:
+            row = queries.show_job(connection, checked_id(job_id))
+        stuck = self._look(lambda core: stuck_rows(core.broker))
+        row["stuck"] = next((s["message"] for s in stuck if s["job_id"] == job_id), "")
+        return row
+
+    def job_log(self, job_id: int) -> list[Row]:
+        with self._reader() as connection:
+            return queries.job_log(connection, checked_id(job_id))
+
+    def submit(self, *, version_id: int, plugin: str, priority: int | None, force: bool) -> int:
+        checked_id(version_id)
+        if priority is not None and not -(2**31) <= priority < 2**31:
+            raise UsageError(f"priority {priority} is out of range")
+        return self._enlist(
+            lambda ledger: requeue.submit(
+                ledger,
+                version_id=version_id,
+                plugin=plugin,
+                priority=priority,
+                force=force,
+                now_us=self._now_us(),
+            )
+        )
+
+    def cancel_job(self, job_id: int) -> Row:
+        checked_id(job_id)
+        waited = 0.0
+        while True:
+            reply = self._command(lambda r: e.Cancel(r, JobId(job_id), _actor.get()))
+            if reply["outcome"] != "unknown":
+                return reply
+            status = self._status_of(job_id)
+            if status in TERMINAL:
+                return {"outcome": "already", "status": status.value}
+            if waited >= LOADING_WAIT_S:
+                raise ConflictError(
+                    f"job {job_id} is {status.value} and not loaded yet",
+                    hint="Repeat the command in a moment.",
+                )
+            threading.Event().wait(LOADING_POLL_S)
+            waited += LOADING_POLL_S
+
+    def retry_job(self, job_id: int) -> int:
+        checked_id(job_id)
+        return self._enlist(lambda ledger: requeue.retry(ledger, job_id, self._now_us()))
+
+    def resolve_job(self, job_id: int, *, forward: bool) -> Row:
+        checked_id(job_id)
+        reply = self._command(lambda r: e.Resolve(r, JobId(job_id), forward, _actor.get()))
+        if reply["outcome"] != "not_staged":
+            return reply
+        raise ConflictError(
+            f"job {job_id} is {self._status_of(job_id).value}, not STAGED",
+            hint="Only a granted job that cannot complete needs to be resolved.",
+        )
+
+    def _status_of(self, job_id: int) -> JobStatus:
+        status = self._write(lambda ledger: ledger.status_of(job_id))
+        if status is None:
+            raise queries.no_job(job_id)
+        return status
+
+    def list_dead_letters(self, *, plugin: str | None = None, limit: int = 50) -> list[Row]:
+        with self._reader() as connection:
+            return queries.list_dead_letters(connection, plugin=plugin, limit=limit)
+
+    def replay(self, *, plugin: str | None = None, job_ids: Sequence[int] = ()) -> list[int]:
+        ids = [checked_id(job_id) for job_id in job_ids]
+        return self._enlist(
+            lambda ledger: requeue.replay(ledger, plugin=plugin, job_ids=ids, now_us=self._now_us())
+        )
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def add_source(
+        self,
+        path: str,
+        *,
+        settle_seconds: float | None = None,
+        include: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+    ) -> Row:
+        return self._write(
+            lambda ledger: sources.add_source(
+                ledger,
+                path,
+                settle_seconds=settle_seconds,
+                include=include,
+                ignore=ignore,
+                now_us=self._now_us(),
+            )
+        )
+
+    def list_sources(self) -> list[Row]:
+        with self._reader() as connection:
+            return sources.list_sources(connection)
+
+    def remove_source(self, path: str) -> None:
+        self._write(lambda ledger: sources.remove_source(ledger, path))
+
+    def list_files(
+        self, *, root_id: int | None = None, pattern: str | None = None, limit: int = 50
+    ) -> list[Row]:
+        with self._reader() as connection:
+            return sources.list_files(connection, root_id=root_id, pattern=pattern, limit=limit)
+
+    def versions(self, path: str) -> list[Row]:
+        with self._reader() as connection:
+            return sources.versions(connection, path)
+
+    # -- scanning -------------------------------------------------------------------------------
+
+    def begin_scan(self, root_id: int) -> Row:
+        checked_id(root_id)
+        return self._write(
+            lambda ledger: inventory.begin_scan(ledger, root_id, now_us=self._now_us())
+        )
+
+    def inventory(self, root_id: int) -> bytes:
+        with self._reader() as connection:
+            return inventory.inventory(connection, checked_id(root_id))
+
+    def commit_chunk(
+        self, root_id: int, scan_id: int, findings: Sequence[FileFinding]
+    ) -> ChunkResult:
+        return self._enlist(
+            lambda ledger: inventory.record_chunk(
+                ledger, checked_id(root_id), scan_id, findings, now_us=self._now_us()
+            )
+        )
+
+    def finish_scan(
+        self, root_id: int, scan_id: int, deleted: Sequence[str], report: ScanReport
+    ) -> None:
+        self._enlist(
+            lambda ledger: inventory.finish_scan(
+                ledger, checked_id(root_id), scan_id, deleted, report, now_us=self._now_us()
+            )
+        )
+
+    def next_rescans(self) -> list[Row]:
+        taken = self._look(lambda _: self._loop.take_rescans())
+        return [{"root_id": root_id, "rel_path": rel_path} for root_id, rel_path in taken]
+
+    # -- wiring ---------------------------------------------------------------------------------
+
+    def deploy(
+        self,
+        *,
+        plugin_name: str,
+        version: str,
+        source_code: str,
+        lockfile: str = "",
+        artifact_hash: str = "",
+        publisher: str = "",
+    ) -> Row:
+        return self._rewire(
+            lambda ledger: architect.deploy(
+                ledger,
+                plugin_name=plugin_name,
+                version=version,
+                source_code=source_code,
+                lockfile=lockfile,
+                artifact_hash=artifact_hash,
+                publisher=publisher,
+                now_us=self._now_us(),
+            )
+        )
+
+    def reload(self) -> None:
+        """Read the plugins and their wiring anew from the ledger."""
+        self._rewire(lambda _: None)
+
+    def list_plugins(self) -> list[Row]:
+        with self._reader() as connection:
+            return wiring.list_plugins(connection)
+
+    def pause_plugin(self, plugin: str, *, reason: str) -> None:
+        self._require_plugin(plugin)
+        self._command(lambda r: e.PausePlugin(r, plugin, reason or f"paused by {_actor.get()}"))
+
+    def resume_plugin(self, plugin: str) -> None:
+        self._require_plugin(plugin)
+        self._command(lambda r: e.ResumePlugin(r, plugin))
+
+    def _require_plugin(self, plugin: str) -> None:
+        if not any(row["plugin_name"] == plugin for row in self.list_plugins()):
+            raise NotFoundError(f"no plugin {plugin!r}", hint="'casparian plugins' lists them.")
+
+    def backfill(self, plugin: str, *, execute: bool, force: bool = False) -> Row:
+        return self._enlist(
+            lambda ledger: wiring.backfill(
+                ledger, plugin, execute=execute, force=force, now_us=self._now_us()
+            )
+        )
+
+    def list_topics(self) -> list[Row]:
+        with self._reader() as connection:
+            return wiring.list_topics(connection)
+
+    def set_topic(
+        self, plugin: str, topic: str, *, uri: str, mode: str = "append", schema_json: str = ""
+    ) -> None:
+        self._rewire(
+            lambda ledger: wiring.set_topic(
+                ledger, plugin, topic, uri=uri, mode=mode, schema_json=schema_json
+            )
+        )
+
+    def list_rules(self) -> list[Row]:
+        with self._reader() as connection:
+            return wiring.list_rules(connection)
+
+    def add_rule(self, pattern: str, tag: str, *, priority: int = 50) -> int:
+        return self._write(lambda ledger: wiring.add_rule(ledger, pattern, tag, priority=priority))
+
+    def remove_rule(self, rule_id: int) -> None:
+        self._write(lambda ledger: wiring.remove_rule(ledger, checked_id(rule_id)))
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def snapshot(self) -> str:
+        folder = self._snapshot_folder()
+        return str(self._write(lambda ledger: ledger.snapshot(folder)))
+
+    def _snapshot_folder(self) -> Path:
+        if self._database == IN_MEMORY:
+            return Path(tempfile.mkdtemp(prefix="casparian-snapshot-"))
+        private_folder(state_folder(self._database))
+        return private_folder(snapshot_folder(self._database))
+
+    def remove_old_snapshots(self) -> None:
+        """Delete what callers that died have left; for use at start."""
+        if self._database == IN_MEMORY:
+            return
+        oldest = self._now_us() / 1e6 - SNAPSHOT_AGE_S
+        for path in snapshot_folder(self._database).glob("*"):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+
+    def check(self) -> list[str]:
+        return self._write(lambda ledger: ledger.check())
+
+    def export(self, directory: str) -> Row:
+        target = Path(directory)
+        if not target.is_absolute():
+            raise UsageError(
+                f"{directory!r} is not absolute",
+                hint="The Sentinel may run in another folder: give the whole path.",
+            )
+        return {"tables": self._write(lambda ledger: ledger.export_to(target))}
+
+
+class _View:
+    """What `status` needs of the core, read between two turns."""
+
+    def __init__(self, core: SentinelCore[Ledger], now: Now) -> None:
+        self.workers = worker_rows(core.broker, now)
+        self.stuck = stuck_rows(core.broker)
+        self.orphans = orphan_rows(core.broker)
+        self.problem: tuple[str, str] | None = None
+        if core.problem is not None:
+            self.problem = (str(core.problem), core.problem.hint)
+
+
+def worker_rows(broker: Broker, now: Now) -> list[Row]:
+    """Connected workers, by name."""
+    return [
+        worker_row(worker, now)
+        for worker in sorted(broker.workers.values(), key=lambda w: (w.worker_id, w.identity))
+    ]
+
+
+def worker_row(worker: Worker, now: Now) -> Row:
+    return {
+        "worker_id": worker.worker_id,
+        "identity": worker.identity.hex(),
+        "hostname": worker.hostname,
+        "pid": worker.pid,
+        "version": worker.version,
+        "status": worker.status,
+        "slots": worker.slots,
+        "credit": worker.credit,
+        "held": sorted(worker.held),
+        "done": worker.done,
+        "capabilities": sorted(worker.capabilities),
+        "root_id": worker.root_id,
+        "sandbox": dict(worker.sandbox),
+        "connected_at": iso(worker.since_us),
+        "last_heartbeat": iso(now.wall_us - int((now.mono - worker.last_seen) * 1e6)),
+    }
+
+
+def stuck_rows(broker: Broker) -> list[Row]:
+    """Granted jobs whose sink refused for good: {job_id, message}."""
+    return [
+        {"job_id": int(job_id), "message": lease.stuck}
+        for job_id, lease in sorted(broker.leases.items())
+        if lease.stuck
+    ]
+
+
+def orphan_rows(broker: Broker) -> list[Row]:
+    """Granted jobs that nobody publishes: {job_id, root_ids}."""
+    return [
+        {"job_id": int(job_id), "root_ids": sorted({o.root_id for o in job.manifest if o.root_id})}
+        for job_id, lease in sorted(broker.leases.items())
+        if lease.owner is None
+        and not lease.stuck
+        and (job := broker.jobs[job_id]).status is JobStatus.STAGED
+    ]
+
+
+def _told(problem: tuple[str, str] | None) -> str:
+    return "ok" if problem is None else f"{problem[0]} {problem[1]}".rstrip()
+
+
+def _fresh_reader(ledger: Ledger) -> queries.Connection:
+    ledger.fold()
+    return ledger.reader()
+
+
+def iso(at_us: int) -> str:
+    """ISO 8601 in UTC of a wall clock reading, such as 2026-01-02T03:04:05.678901Z."""
+    moment = EPOCH + timedelta(microseconds=at_us)
+    return f"{moment.isoformat()}Z"
+
+
+def checked_id(number: int) -> int:
+    """Raises UsageError for a number that no id column holds."""
+    if not 0 <= number < 2**63:
+        raise UsageError(f"{number} is no id")
+    return number

@@ -1,0 +1,86 @@
+"""The control plane without a Sentinel: the same operations on a ledger opened in this process.
+
+A thread turns the core, as the Sentinel's loop does, only that no worker is there to send to.
+"""
+
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.writer import LedgerThread
+from casparian_flow.domain.clock import Clock, SystemClock, system_random
+from casparian_flow.domain.records import Limits
+from casparian_flow.sentinel.broker import Broker, BrokerConfig
+from casparian_flow.sentinel.control_plane import ControlPlane
+from casparian_flow.sentinel.core import SentinelCore
+from casparian_flow.sentinel.loop import CoreLoop
+
+TURN_S = 0.5
+"""Between turns that nothing asked for."""
+
+
+class LocalControl(ControlPlane):
+    """ControlApi on a ledger that nobody else has open. Close it, or use it in a `with`.
+
+    Args:
+        ledger: closed with this object.
+    """
+
+    def __init__(
+        self, ledger: Ledger, *, clock: Clock | None = None, limits: Limits | None = None
+    ) -> None:
+        clock = clock or SystemClock()
+        ledger.limits = limits or ledger.limits
+        self._changed = threading.Event()
+        self._closing = False
+        self._writer = LedgerThread(ledger, self._changed.set)
+        core: SentinelCore[Ledger] = SentinelCore(
+            self._writer, lambda: Broker(BrokerConfig(), system_random()), clock
+        )
+        loop = CoreLoop(core, self._writer, self._changed.set)
+        super().__init__(loop, database=ledger.path or ":memory:", clock=clock)
+        self._thread = threading.Thread(target=self._turn, name="local-control", daemon=True)
+        core.start()
+        self._thread.start()
+
+    @classmethod
+    def open(cls, database: str | Path, *, clock: Clock | None = None) -> Self:
+        """Raises:
+        LedgerLockedError: another process has the ledger open.
+        LedgerError: it cannot be used.
+        """
+        clock = clock or SystemClock()
+        return cls(Ledger.open(Path(database), clock=clock), clock=clock)
+
+    def _turn(self) -> None:
+        try:
+            while not self._closing:
+                self._changed.wait(TURN_S)
+                self._changed.clear()
+                # No worker is connected, so there is nobody to send to.
+                self._loop.turn()
+        finally:
+            # Also after a bug in a turn: nobody may wait for an answer that cannot come.
+            self._loop.close()
+
+    def close(self) -> None:
+        """Let what was asked for become durable, then close the ledger; harmless when repeated."""
+        if self._closing:
+            return
+        self._closing = True
+        self._changed.set()
+        self._thread.join()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
