@@ -141,6 +141,8 @@ def commit_chunk(
         locations=writer.locations,
         versions=writer.versions,
         jobs=len(jobs),
+        unchanged=len(work.same_contents),
+        renamed=len(work.moved),
         conflicts=work.conflicts,
     )
     return result, jobs
@@ -208,7 +210,8 @@ def _sort(findings: Sequence[FileFinding], places: dict[str, _Place]) -> _Sorted
             if moves and origin is not None:
                 work.moved.append((finding, origin))
             else:
-                work.conflicts.append(finding.rel_path)
+                # Same inode and times, other bytes: a file of its own.
+                work.new_files.append(finding)
         elif place is None:
             _sort_new(work, finding)
         elif not _expected(finding, place):

@@ -108,13 +108,9 @@ def inventory(connection: duckdb.DuckDBPyConnection, root_id: int) -> bytes:
     """
     table = connection.execute(
         """
-        SELECT l.rel_path, l.id AS location_id, coalesce(l.current_version_id, 0) AS version_id,
-               coalesce(v.content_hash, '') AS content_hash, coalesce(l.dev, 0) AS dev,
-               coalesce(l.ino, 0) AS ino, coalesce(l.size, 0) AS size,
-               coalesce(l.mtime_ns, 0) AS mtime_ns, coalesce(l.ctime_ns, 0) AS ctime_ns,
-               coalesce(l.hashed_at_us, 0) AS hashed_at_us
-        FROM cf_file_location l LEFT JOIN cf_file_version v ON v.id = l.current_version_id
-        WHERE l.source_root_id = $1 AND l.deleted_at IS NULL
+        SELECT rel_path, id AS location_id, coalesce(current_version_id, 0) AS version_id,
+               dev, ino, size, mtime_ns, ctime_ns, hashed_at_us
+        FROM cf_file_location WHERE source_root_id = $1 AND deleted_at IS NULL
         """,
         [root_id],
     ).to_arrow_table()

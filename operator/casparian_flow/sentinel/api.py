@@ -44,6 +44,9 @@ class ChunkResult:
     locations: int = 0
     versions: int = 0
     jobs: int = 0
+    unchanged: int = 0
+    """Files read that still have their current version's bytes."""
+    renamed: int = 0
     conflicts: list[str] = field(default_factory=list)
     """rel_paths not taken because the ledger had moved on; scanned again next time."""
 
@@ -144,8 +147,8 @@ class ControlApi(Protocol):
         """{scan_id, path, include, ignore, settle_seconds, st_dev}; one scan per root at a time."""
 
     def inventory(self, root_id: int) -> bytes:
-        """Arrow IPC stream: rel_path, location_id, version_id, content_hash, dev, ino, size,
-        mtime_ns, ctime_ns, hashed_at_us, for every location not marked deleted."""
+        """Arrow IPC stream: rel_path, location_id, version_id, dev, ino, size, mtime_ns, ctime_ns,
+        hashed_at_us, for every location not marked deleted."""
 
     def commit_chunk(
         self, root_id: int, scan_id: int, findings: Sequence[FileFinding]

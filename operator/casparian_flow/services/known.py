@@ -15,7 +15,8 @@ class Known:
     """The inventory as columns; a row number stands for a file.
 
     Plain lists of numbers rather than a tuple per file: half the memory, and nothing for the
-    garbage collector to walk while 200,000 files are compared.
+    garbage collector to walk while 200,000 files are compared. Each of the lists of numbers ends
+    with a None that no file's number equals, so that NO_ROW may be looked up.
 
     Attributes:
         unseen: rel_path → row of every file that the walk has not come across yet.
@@ -23,7 +24,6 @@ class Known:
 
     paths: list[str]
     version_ids: list[int]
-    hashes: list[str]
     devs: list[int]
     inos: list[int]
     sizes: list[int]
@@ -35,6 +35,9 @@ class Known:
 
     def __post_init__(self) -> None:
         self.unseen = dict(zip(self.paths, range(len(self.paths)), strict=True))
+        never: Any = None
+        for column in (self.devs, self.inos, self.sizes, self.mtimes, self.ctimes):
+            column.append(never)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,6 +51,7 @@ class Known:
         return cls(*columns)
 
     def signature(self, row: int) -> Signature:
+        """Of the file's last reading."""
         return (
             self.devs[row],
             self.inos[row],
@@ -56,21 +60,26 @@ class Known:
             self.ctimes[row],
         )
 
-    def trusted_rows(self, now_us: int) -> list[bool]:
-        """For each row, whether an unchanged signature proves unchanged bytes.
+    def trustworthy_mtimes(self, now_us: int) -> list[int | None]:
+        """`mtimes`, with None for files whose unchanged signature would prove nothing.
 
-        Not so for files never read, racy records, and timestamps in the future.
+        Those are files never read, racy records, and timestamps in the future.
         """
-        newest = now_us + RACY_SLACK_US
+        newest_ns = (now_us + RACY_SLACK_US) * 1_000
         slack = RACY_SLACK_US
-        return [
-            version != 0
-            and (changed := (ctime if ctime > mtime else mtime) // 1_000) < hashed - slack
-            and changed <= newest
+        trusted: list[int | None] = [
+            mtime
+            if version
+            and mtime < newest_ns
+            and ctime < newest_ns
+            and (ctime if ctime > mtime else mtime) // 1_000 < hashed - slack
+            else None
             for version, mtime, ctime, hashed in zip(
-                self.version_ids, self.mtimes, self.ctimes, self.hashed_at, strict=True
+                self.version_ids, self.mtimes, self.ctimes, self.hashed_at, strict=False
             )
         ]
+        trusted.append(None)
+        return trusted
 
     def moved_from(self, signature: Signature) -> list[int]:
         """Unseen rows that a new file with this signature may have been renamed from.
@@ -79,7 +88,7 @@ class Known:
         """
         if self._by_inode is None:
             self._by_inode = {}
-            for row, ino in enumerate(self.inos):
+            for row, ino in enumerate(self.inos[:-1]):
                 self._by_inode.setdefault(ino, []).append(row)
         return [
             row
@@ -93,7 +102,6 @@ class Known:
 _COLUMNS = (
     "rel_path",
     "version_id",
-    "content_hash",
     "dev",
     "ino",
     "size",

@@ -226,7 +226,8 @@ class _Scan:
     observed: Observed
     progress: Progress
     notes: WalkNotes = field(default_factory=WalkNotes)
-    trusted: list[bool] = field(default_factory=list)
+    trusted: list[int | None] = field(default_factory=list)
+    """See Known.trustworthy_mtimes."""
     young: list[_Young] = field(default_factory=list)
     moved: list[Candidate] = field(default_factory=list)
     """New files with the inode of a known one: read after the walk, when absence is known."""
@@ -265,37 +266,35 @@ class _Scan:
             return self._gone(hasher)
 
     def _distrust(self) -> None:
+        """Decide which files' signatures prove anything."""
         if self.rehash:
-            self.trusted = [False] * len(self.known)
+            self.trusted = [None] * (len(self.known) + 1)
             return
-        self.trusted = self.known.trusted_rows(self.clock.now().wall_us)
+        self.trusted = self.known.trustworthy_mtimes(self.clock.now().wall_us)
         for path in self.force:
             row = self.known.unseen.get(path, NO_ROW)
             if row != NO_ROW:
-                self.trusted[row] = False
+                self.trusted[row] = None
 
     # -- the walk -----------------------------------------------------------------------------
 
     def _compare(self, listing: Listing, hasher: Hasher) -> Iterable[Outcome]:
-        known, trusted, prefix = self.known, self.trusted, listing.prefix
+        known, mtimes, prefix = self.known, self.trusted, listing.prefix
+        ctimes, inos, sizes, devs = known.ctimes, known.inos, known.sizes, known.devs
         take = known.unseen.pop
-        mtimes, ctimes, inos = known.mtimes, known.ctimes, known.inos
-        sizes, devs = known.sizes, known.devs
+        rows = [take(prefix + name, NO_ROW) for name in listing.names]
         unchanged = 0
-        for name, found in zip(listing.names, listing.stats, strict=True):
-            path = prefix + name
-            row = take(path, NO_ROW)
+        for i, (row, found) in enumerate(zip(rows, listing.stats, strict=True)):
             if (
-                row >= 0
-                and mtimes[row] == found.st_mtime_ns
+                mtimes[row] == found.st_mtime_ns
                 and ctimes[row] == found.st_ctime_ns
                 and inos[row] == found.st_ino
                 and sizes[row] == found.st_size
                 and devs[row] == found.st_dev
-                and trusted[row]
             ):
                 unchanged += 1
-            else:
+            elif stat.S_ISREG(found.st_mode):
+                path = prefix + listing.names[i]
                 yield from self._consider(path, row, signature_of(found), hasher)
         self.report.files += len(listing.names)
         self.report.unchanged += unchanged
@@ -304,7 +303,8 @@ class _Scan:
     def _consider(
         self, path: str, row: int, signature: Signature, hasher: Hasher
     ) -> Iterable[Outcome]:
-        if row >= 0 and self.trusted[row] and self.known.signature(row) == signature:
+        if self.trusted[row] == signature[3] and self.known.signature(row) == signature:
+            # Numbers beyond 63 bits look different until they are brought into range.
             self.report.unchanged += 1
             return ()
         candidate = Candidate(path, row, signature)
@@ -353,10 +353,7 @@ class _Scan:
             hashed_at_us=reading.hashed_at_us,
             expected_version_id=self.known.version_ids[row] if row >= 0 else 0,
         )
-        if row >= 0 and self.known.hashes[row] == reading.content_hash:
-            self.report.unchanged += 1
-            self.confirmed = self.confirmed or reading.signature[2] > 0
-        elif row == NO_ROW:
+        if row == NO_ROW:
             self._link_to_moved(finding, hasher)
         return finding
 
@@ -364,11 +361,7 @@ class _Scan:
         if not self.walked or not self._may_conclude():
             return
         for row in self.known.moved_from(finding.signature):
-            if (
-                row not in self.claimed
-                and self.known.hashes[row] == finding.content_hash
-                and self._is_gone(row, hasher)
-            ):
+            if row not in self.claimed and self._is_gone(row, hasher):
                 self.claimed.add(row)
                 finding.renamed_from = self.known.paths[row]
                 finding.expected_version_id = self.known.version_ids[row]
@@ -408,12 +401,11 @@ class _Scan:
             return
         chunk, self.findings, self.findings_bytes = self.findings, [], 0
         result = self.control.commit_chunk(self.report.root_id, int(self.begin["scan_id"]), chunk)
-        conflicts = set(result.conflicts)
         self.report.versions += result.versions
         self.report.jobs += result.jobs
-        self.report.renamed += sum(
-            1 for f in chunk if f.renamed_from and f.rel_path not in conflicts
-        )
+        self.report.unchanged += result.unchanged
+        self.report.renamed += result.renamed
+        self.confirmed = self.confirmed or result.unchanged > 0
         self.report.problems.extend(
             f"{path}: recorded by someone else meanwhile; the next scan looks again"
             for path in result.conflicts

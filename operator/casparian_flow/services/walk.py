@@ -26,7 +26,9 @@ _SPECIAL = (
 
 @dataclass(slots=True)
 class Listing:
-    """The regular files of one directory that no rule leaves out.
+    """The files of one directory that no rule leaves out.
+
+    They were regular files when the directory was read; whoever reads one looks again.
 
     Attributes:
         prefix: the directory relative to the root with "/" at its end, "" for the root; text.
@@ -109,65 +111,82 @@ def _open(directory: _Directory, notes: WalkNotes) -> int:
 def _list(
     descriptor: int, directory: _Directory, rules: IgnoreRules, notes: WalkNotes
 ) -> tuple[Listing, list[_Directory]]:
-    listing = Listing(directory.prefix)
+    files: list[os.DirEntry[str]] = []
+    others: list[os.DirEntry[str]] = []
     below: list[_Directory] = []
-    entries = 0
+    listing = Listing(directory.prefix)
     try:
         with os.scandir(descriptor) as iterator:
-            entries = _sort_entries(iterator, listing, below, directory, rules, notes)
+            for entry in iterator:
+                (files if entry.is_file(follow_symlinks=False) else others).append(entry)
+        if not files and not others:
+            notes.empty[directory.prefix] = signed_64(os.fstat(descriptor).st_dev)
+        _take_files(files, listing, rules, notes)
+        for entry in others:
+            _take_other(entry, below, directory, rules, notes)
     except OSError as error:
         _note_unlisted(directory, error, notes)
-    else:
-        if entries == 0:
-            notes.empty[directory.prefix] = signed_64(os.fstat(descriptor).st_dev)
     return listing, below
 
 
-def _sort_entries(
-    iterator: "os._ScandirIterator[str]",
-    listing: Listing,
-    below: list[_Directory],
-    directory: _Directory,
-    rules: IgnoreRules,
-    notes: WalkNotes,
-) -> int:
-    prefix = listing.prefix
-    add_name, add_stat = listing.names.append, listing.stats.append
-    suffixes, literals, slow = rules.suffixes, rules.literals, rules.slow
-    is_regular = stat.S_ISREG
-    entries = ignored = 0
-    for entry in iterator:
-        entries += 1
-        name = entry.name
-        if not name.isascii() or "\\" in name:
-            name = path_to_text(name)
-        if entry.is_dir(follow_symlinks=False):
-            _add_directory(entry, name, below, directory, rules, notes)
-            continue
-        if (
-            rules.ignores_file(prefix + name, name)
-            if slow
-            else name[0] == "." or name.endswith(suffixes) or name in literals
-        ):
-            ignored += 1
-            continue
+def _take_files(
+    files: "list[os.DirEntry[str]]", listing: Listing, rules: IgnoreRules, notes: WalkNotes
+) -> None:
+    names = [entry.name for entry in files]
+    joined = "\0" + "\0".join(names) + "\0"
+    if not joined.isascii() or "\\" in joined:
+        names = [path_to_text(name) for name in names]
+    if rules.slow or rules.may_ignore(joined):
+        prefix = listing.prefix
+        kept = [i for i, name in enumerate(names) if not rules.ignores_file(prefix + name, name)]
+        notes.ignored += len(names) - len(kept)
+        names = [names[i] for i in kept]
+        files = [files[i] for i in kept]
+    try:
+        listing.stats = [entry.stat(follow_symlinks=False) for entry in files]
+        listing.names = names
+    except OSError:
+        # One of them vanished meanwhile; find out which.
+        _stat_singly(files, names, listing, notes)
+
+
+def _stat_singly(
+    files: "list[os.DirEntry[str]]", names: list[str], listing: Listing, notes: WalkNotes
+) -> None:
+    for entry, name in zip(files, names, strict=True):
         try:
             found = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue
         except OSError as error:
-            notes.problems.append(f"{prefix}{name}: cannot be examined: {error.strerror}")
+            notes.problems.append(
+                f"{listing.prefix}{name}: cannot be examined: {error.strerror or error}"
+            )
             notes.incomplete = True
             continue
-        if is_regular(found.st_mode):
-            add_name(name)
-            add_stat(found)
-        elif stat.S_ISLNK(found.st_mode):
-            ignored += 1
-        elif not stat.S_ISDIR(found.st_mode):
-            notes.problems.append(f"{prefix}{name}: {_kind(found.st_mode)}, not a file; left out")
-    notes.ignored += ignored
-    return entries
+        listing.names.append(name)
+        listing.stats.append(found)
+
+
+def _take_other(
+    entry: "os.DirEntry[str]",
+    below: list[_Directory],
+    directory: _Directory,
+    rules: IgnoreRules,
+    notes: WalkNotes,
+) -> None:
+    name = path_to_text(entry.name)
+    path = directory.prefix + name
+    if entry.is_dir(follow_symlinks=False):
+        _add_directory(entry, name, below, directory, rules, notes)
+    elif entry.is_symlink() or rules.ignores_file(path, name):
+        notes.ignored += 1
+    else:
+        try:
+            kind = _kind(entry.stat(follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return
+        notes.problems.append(f"{path}: {kind}, not a file; left out")
 
 
 def _add_directory(
