@@ -20,8 +20,15 @@ class RetryPolicy:
 
     def delay_s(self, retry_count: int, rng: random.Random) -> float:
         """Seconds to wait before retry number `retry_count` (the first is 1)."""
+        return self._nominal_s(retry_count) * (1.0 + self.jitter * (2.0 * rng.random() - 1.0))
+
+    def longest_s(self, retry_count: int) -> float:
+        """The most that `delay_s` can return for this retry; an upper bound for any wait."""
+        return self._nominal_s(retry_count) * (1.0 + self.jitter)
+
+    def _nominal_s(self, retry_count: int) -> float:
         nominal: float = min(self.base_s**retry_count, self.max_delay_s)
-        return nominal * (1.0 + self.jitter * (2.0 * rng.random() - 1.0))
+        return nominal
 
     def allows(self, retry_count: int) -> bool:
         """Whether a job that has been retried `retry_count` times may be retried again."""
