@@ -32,6 +32,7 @@ from casparian_flow.domain.errors import (
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import TokenParts, parse_token
 from casparian_flow.domain.outputs import (
+    QUARANTINE_SUFFIX,
     OutputEntry,
     OutputKind,
     SinkAddress,
@@ -236,6 +237,11 @@ def token_of_stage(name: str) -> str:
     return token if dot and parse_token(token) is not None else ""
 
 
+def topic_name(ctx: StageContext) -> str:
+    """The topic as outputs are named by it: with its suffix for quarantined rows."""
+    return ctx.topic + (QUARANTINE_SUFFIX if ctx.kind is OutputKind.QUARANTINE else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     output: str
@@ -243,12 +249,21 @@ class Keys:
 
 
 def keys_of(ctx: StageContext, address: SinkAddress, root_id: str) -> Keys:
-    """The keys of an output (domain/outputs.py)."""
-    run = ctx.run
+    """The keys of an output (domain/outputs.py); the Sentinel works them out again.
+
+    Raises:
+        OutputRefusedError: the topic's name is kept for another topic's quarantine.
+    """
+    if ctx.kind is OutputKind.OUTPUT and ctx.topic.endswith(QUARANTINE_SUFFIX):
+        raise OutputRefusedError(
+            f"topic {ctx.topic!r}: names that end in {QUARANTINE_SUFFIX!r} are kept for the rows "
+            "that break a topic's contract",
+            reason=Reason.PLUGIN_ERROR,
+            hint="Publish under another name.",
+        )
+    run, topic = ctx.run, topic_name(ctx)
     ledger_id = token_parts(run.token).ledger_id
     sink = sink_id(address, root_id, ctx.mode)
-    # No topic holds a colon, so a quarantine never shares a key with a topic of its name.
-    topic = ctx.topic if ctx.kind is OutputKind.OUTPUT else f"{ctx.kind}:{ctx.topic}"
     return Keys(
         output_key(
             ledger_id,
@@ -281,11 +296,11 @@ class RowWriter(abc.ABC):
     first row; `_widen` whenever the schema changed since.
     """
 
-    def __init__(self, ctx: StageContext, address: SinkAddress, root_id: str, topic: str) -> None:
+    def __init__(self, ctx: StageContext, address: SinkAddress, root_id: str) -> None:
         self._ctx = ctx
         self._address = address
         self._root_id = root_id
-        self._topic = topic
+        self._topic = topic = topic_name(ctx)
         self._keys = keys_of(ctx, address, root_id)
         self._tracker = SchemaTracker(topic)
         self._rows = 0

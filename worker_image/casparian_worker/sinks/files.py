@@ -41,9 +41,11 @@ from casparian_worker.sinks.base import (
     SinkEnvironment,
     StageContext,
     StagedData,
+    keys_of,
     stage_name,
     token_of_stage,
     token_parts,
+    topic_name,
 )
 from casparian_worker.sinks.durable import (
     HashingFile,
@@ -162,14 +164,13 @@ class FileSink:
         self._probe(self._root.stage_folder)
 
     def open_stage(self, ctx: StageContext) -> "FileStageWriter":
-        topic = topic_name(ctx)
-        place = place_of(self._address, topic, ctx.kind, self._format.extension)
-        folder = self._root.folder(place.folder)
-        self._probe(folder)
-        writer = FileStageWriter(ctx, self._address, self._root, topic, place, self._format)
+        place = place_of(self._address, topic_name(ctx), ctx.kind, self._format.extension)
+        self._probe(self._root.folder(place.folder))
+        keys = keys_of(ctx, self._address, self._root.root_id)
         if ctx.mode is SinkMode.ERROR:
-            self._refuse_foreign(writer.slice_key, writer.output_key, place)
-        return writer
+            self._refuse_foreign(keys.slice, keys.output, place)
+        final = place.final(keys.slice, _numbers(ctx.run.order_no), keys.output)
+        return FileStageWriter(ctx, self._address, self._root, final, self._format)
 
     def publish(self, entry: OutputEntry, token: str) -> Receipt:
         """See `Sink.publish`.
@@ -187,7 +188,9 @@ class FileSink:
             if guarded:
                 slices.mark(entry.order_no, entry.output_key)
             already = self._link(entry, place)
-        removed = slices.remove_older(entry.order_no) if entry.mode is SinkMode.REPLACE else 0
+        removed = 0
+        if entry.mode is SinkMode.REPLACE:
+            removed = slices.remove_older(entry.order_no, besides=entry.output_key)
         return Receipt(entry.output_key, already, removed)
 
     def unstage(self, entry: OutputEntry, token: str) -> None:
@@ -296,11 +299,6 @@ class FileSink:
         self._probed.add(folder)
 
 
-def topic_name(ctx: StageContext) -> str:
-    """The topic as outputs are named by it: with its suffix for quarantined rows."""
-    return ctx.topic + (QUARANTINE_SUFFIX if ctx.kind is OutputKind.QUARANTINE else "")
-
-
 class FileStageWriter(RowWriter):
     """Streams one output into its stage, hashing as it writes."""
 
@@ -309,27 +307,18 @@ class FileStageWriter(RowWriter):
         ctx: StageContext,
         address: SinkAddress,
         root: OutputRoot,
-        topic: str,
-        place: Place,
+        final: str,
         file_format: FileFormat,
     ) -> None:
-        super().__init__(ctx, address, root.root_id, topic)
+        super().__init__(ctx, address, root.root_id)
         self._root = root
         self._format = file_format
         self._name = stage_name(ctx.run.token, ctx.n)
         self._path = os.path.join(root.stage_folder, self._name)
-        self._final = place.final(self._keys.slice, _numbers(ctx.run.order_no), self._keys.output)
+        self._final = final
         self._file: HashingFile | None = None
         self._schema = pa.schema([])
         self._writer: FormatWriter | None = None
-
-    @property
-    def output_key(self) -> str:
-        return self._keys.output
-
-    @property
-    def slice_key(self) -> str:
-        return self._keys.slice
 
     def abort(self) -> None:
         self._writer = None
@@ -411,10 +400,10 @@ class _SliceIndex:
         ]
         return [final for final in finals if os.path.lexists(self._root.resolve(final))]
 
-    def remove_older(self, order_no: tuple[int, int, int]) -> int:
-        """Take away the slice's files of a lower order; returns how many there were."""
+    def remove_older(self, order_no: tuple[int, int, int], *, besides: str) -> int:
+        """Take away the slice's other files, but for newer ones; returns how many there were."""
         removed = 0
-        older = [marker for marker in self._markers() if marker[0] < order_no]
+        older = [m for m in self._markers() if m[0] <= order_no and m[2] != besides[:32]]
         try:
             for _, numbers, key in older:
                 final = self._root.resolve(self._place.final(self._slice_key, numbers, key))
