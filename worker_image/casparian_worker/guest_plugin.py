@@ -47,6 +47,8 @@ def serve(
     # A forked copy of the plugin must not speak for it.
     os.register_at_fork(after_in_child=sock.close)
     outbox = Outbox(sock)
+    # Its first use imports pandas, where there is one: better now than within a job's time.
+    pa.array([0])
     with _reporting(sock, 0, loading=True):
         plugin, topic = _load(hello, outbox, scratch)
     sock.sendall(pack(Kind.READY))
