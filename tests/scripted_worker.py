@@ -63,7 +63,8 @@ def fill(
             )
             connection.execute("INSERT INTO cf_plugin_config (plugin_name) VALUES (?)", [plugin])
             connection.execute(
-                "INSERT INTO cf_topic_config (id, plugin_name, topic_name, uri) VALUES (?, ?, ?, ?)",
+                "INSERT INTO cf_topic_config (id, plugin_name, topic_name, uri) "
+                "VALUES (?, ?, ?, ?)",
                 [ledger.next_id("cf_topic_config"), plugin, plugin, f"parquet://{plugin}"],
             )
         first_file = ledger.next_ids("cf_file_location", files).start
@@ -81,6 +82,11 @@ def fill(
             "SELECT ? + i, ? + i, 1, 'h' || i, 9, make_timestamp(?), make_timestamp(?) "
             "FROM range(?) t(i)",
             [first_version, first_file, now, now, files],
+        )
+        connection.execute(
+            "INSERT INTO cf_file_hash_registry SELECT 'h' || i, make_timestamp(?), 9 "
+            "FROM range(?) t(i)",
+            [now, files],
         )
         wanted = [
             Wanted(first_version + i, Match(plugin, manifests[plugin], priorities.get(plugin, 50)))
@@ -217,9 +223,8 @@ class ScriptedWorker:
                     del self._arrived[index]
                     return message
             left = deadline - time.monotonic()
-            assert left > 0 and self._receive(left), (
-                f"no {kind.__name__} within {timeout_s} s; got {list(self._arrived)}"
-            )
+            arrived = left > 0 and self._receive(left)
+            assert arrived, f"no {kind.__name__} within {timeout_s} s; got {list(self._arrived)}"
 
     def dispatch(self, timeout_s: float = 5.0) -> m.Dispatch:
         return self.expect(m.Dispatch, timeout_s)

@@ -106,6 +106,14 @@ def _conclude(message: m.Conclude) -> None:
 
 def _entries(entries: Iterable[OutputEntry]) -> None:
     for entry in entries:
+        # Sums first: hardly any entry comes near a limit, and only then is it worth a name.
+        names = len(entry.topic) + len(entry.root_id) + len(entry.output_key)
+        names += len(entry.slice_key) + len(entry.sha256)
+        texts = len(entry.uri) + len(entry.stage) + len(entry.final)
+        numbers = (entry.n, entry.rows, entry.bytes, *entry.order_no)
+        short = names <= NAME_CHARS_MAX and texts <= TEXT_CHARS_MAX
+        if short and min(numbers) >= 0 and max(numbers) <= INT_MAX:
+            continue
         for field in ("topic", "root_id", "output_key", "slice_key", "sha256"):
             _text(field, getattr(entry, field))
         for field in ("uri", "stage", "final"):

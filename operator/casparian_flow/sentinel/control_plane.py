@@ -133,6 +133,7 @@ class ControlPlane:
         return self._loop.look(fn).result()
 
     def _command(self, make: Callable[[Future[dict[str, Any]]], e.Event]) -> dict[str, Any]:
+        """Ask the broker. `make` runs in the loop's thread: it must not look at `_actor`."""
         return self._loop.command(make).result()
 
     # -- liveness and overview ----------------------------------------------------------------
@@ -253,9 +254,9 @@ class ControlPlane:
 
     def cancel_job(self, job_id: int) -> Row:
         checked_id(job_id)
-        waited = 0.0
+        waited, by = 0.0, _actor.get()
         while True:
-            reply = self._command(lambda r: e.Cancel(r, JobId(job_id), _actor.get()))
+            reply = self._command(lambda r: e.Cancel(r, JobId(job_id), by))
             if reply["outcome"] != "unknown":
                 return reply
             status = self._status_of(job_id)
@@ -275,7 +276,8 @@ class ControlPlane:
 
     def resolve_job(self, job_id: int, *, forward: bool) -> Row:
         checked_id(job_id)
-        reply = self._command(lambda r: e.Resolve(r, JobId(job_id), forward, _actor.get()))
+        by = _actor.get()
+        reply = self._command(lambda r: e.Resolve(r, JobId(job_id), forward, by))
         if reply["outcome"] != "not_staged":
             return reply
         raise ConflictError(
@@ -406,7 +408,8 @@ class ControlPlane:
 
     def pause_plugin(self, plugin: str, *, reason: str) -> None:
         self._require_plugin(plugin)
-        self._command(lambda r: e.PausePlugin(r, plugin, reason or f"paused by {_actor.get()}"))
+        told = reason or f"paused by {_actor.get() or 'an operator'}"
+        self._command(lambda r: e.PausePlugin(r, plugin, told))
 
     def resume_plugin(self, plugin: str) -> None:
         self._require_plugin(plugin)
