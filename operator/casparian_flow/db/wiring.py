@@ -1,0 +1,599 @@
+"""Plugins, rules and topics: what a deploy records, and what people change by hand.
+
+A deploy changes only what earlier deploys made and people left as it was: it compares each row
+with what the version before it declared. What differs, or was removed, is a person's decision
+and stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import duckdb
+import msgspec
+
+from casparian_flow.db.fanout import (
+    Wanted,
+    enqueue,
+    load_rule_set,
+    merged_tags,
+)
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.queries import rows as select
+from casparian_flow.domain.contracts import parse_contract
+from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
+from casparian_flow.domain.outputs import parse_mode, parse_sink_uri
+from casparian_flow.domain.records import Job
+from casparian_flow.domain.wiring import Origin, PluginStatus
+from casparian_flow.sentinel.api import Row
+from casparian_flow.services.manifest import PRIORITIES, check_topic, plugin_name
+from casparian_flow.services.routing import (
+    MANUAL_PRIORITY,
+    Match,
+    check_tag,
+    compile_route,
+    format_tags,
+    parse_tags,
+)
+
+Connection = duckdb.DuckDBPyConnection
+BYTES_GONE_MAX = 1_000
+_RULE, _TOPIC, _MANIFEST = "cf_routing_rule", "cf_topic_config", "cf_plugin_manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Where one topic goes, as a deploy declares it.
+
+    Attributes:
+        uris: canonical, at least one.
+        contract: JSON text, "" for none.
+    """
+
+    uris: tuple[str, ...]
+    contract: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """The wiring that a plugin version asks for; kept with it, for the next one to compare."""
+
+    pattern: str = ""
+    tag: str = ""
+    priority: int = MANUAL_PRIORITY
+    subscriptions: tuple[str, ...] = ()
+    topics: Mapping[str, Topic] = field(default_factory=dict)
+    parameters_json: str = "{}"
+    description: str = ""
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Everything the plugin subscribes to."""
+        return frozenset(self.subscriptions) | ({self.tag} if self.tag else frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A checked plugin version, ready to be recorded."""
+
+    plugin: str
+    version: str
+    source_code: str
+    source_hash: str
+    lockfile: str
+    env_hash: str
+    artifact_hash: str
+    publisher: str
+    declared: Declared
+
+
+_declared = msgspec.json.Decoder(Declared)
+_encode = msgspec.json.Encoder(order="sorted").encode
+
+
+def record_release(ledger: Ledger, release: Release, *, now_us: int) -> Row:
+    """Record a version, make it the active one and wire it, in one transaction.
+
+    Returns:
+        {plugin_id, plugin, version, message, unchanged, rule, topics, subscriptions, kept};
+        `kept` names what people changed and the deploy left alone.
+
+    Raises:
+        ConflictError: the version was deployed before with other bytes.
+        LedgerUnavailableError: nothing is recorded.
+    """
+    with ledger.transaction() as connection:
+        existing = _same_version(connection, release)
+        if existing is not None:
+            return _unchanged(connection, release, existing)
+        before = _active(connection, release.plugin)
+        manifest_id = _insert_manifest(ledger, connection, release, now_us)
+        kept = _wire(ledger, connection, release, before, now_us)
+        row = _described(connection, release, manifest_id)
+    replaced = f", which supersedes {before[0]}" if before else ""
+    return {
+        **row,
+        "message": f"deployed {release.plugin} {release.version}{replaced}",
+        "unchanged": False,
+        "kept": kept,
+    }
+
+
+def _same_version(connection: Connection, release: Release) -> tuple[int, str] | None:
+    row = connection.execute(
+        f"SELECT id, artifact_hash, status FROM {_MANIFEST} "
+        "WHERE plugin_name = $1 AND version = $2 AND status <> 'REJECTED' ORDER BY id DESC LIMIT 1",
+        [release.plugin, release.version],
+    ).fetchone()
+    if row is None:
+        return None
+    if row[1] != release.artifact_hash:
+        raise ConflictError(
+            f"{release.plugin} {release.version} was deployed before with other bytes; "
+            "versions are immutable",
+            hint=f"Publish it as {_next_version(connection, release)}.",
+        )
+    return int(row[0]), str(row[2])
+
+
+def _next_version(connection: Connection, release: Release) -> str:
+    from packaging.version import Version
+
+    rows = connection.execute(
+        f"SELECT version FROM {_MANIFEST} WHERE plugin_name = $1", [release.plugin]
+    ).fetchall()
+    newest = max(Version(row[0]) for row in rows)
+    return f"{newest.major}.{newest.minor}.{newest.micro + 1}"
+
+
+def _unchanged(connection: Connection, release: Release, existing: tuple[int, str]) -> Row:
+    manifest_id, status = existing
+    state = "" if status == PluginStatus.ACTIVE else f" ({status.lower()})"
+    return {
+        **_described(connection, release, manifest_id),
+        "message": f"{release.plugin} {release.version} is already deployed{state}, "
+        "with the same bytes: nothing to do",
+        "unchanged": True,
+        "kept": [],
+    }
+
+
+def _active(connection: Connection, plugin: str) -> tuple[str, Declared] | None:
+    """Version and declaration of the plugin's newest version so far."""
+    row = connection.execute(
+        f"SELECT version, manifest_json FROM {_MANIFEST} WHERE plugin_name = $1 "
+        "AND status IN ('ACTIVE', 'SUPERSEDED') ORDER BY status = 'ACTIVE' DESC, id DESC LIMIT 1",
+        [plugin],
+    ).fetchone()
+    if row is None:
+        return None
+    return str(row[0]), _declared.decode(row[1]) if row[1] else Declared()
+
+
+def _insert_manifest(ledger: Ledger, connection: Connection, release: Release, now_us: int) -> int:
+    publisher_id = _publisher(ledger, connection, release.publisher, now_us)
+    if release.lockfile:
+        connection.execute(
+            "INSERT INTO cf_plugin_environment (hash, lockfile_content, last_used, created_at) "
+            "VALUES ($1, $2, make_timestamp($3), make_timestamp($3)) ON CONFLICT DO NOTHING",
+            [release.env_hash, release.lockfile, now_us],
+        )
+    connection.execute(
+        f"UPDATE {_MANIFEST} SET status = 'SUPERSEDED' "
+        "WHERE plugin_name = $1 AND status = 'ACTIVE'",
+        [release.plugin],
+    )
+    manifest_id = ledger.next_id(_MANIFEST)
+    connection.execute(
+        f"""
+        INSERT INTO {_MANIFEST} (id, plugin_name, version, source_code, source_hash, status,
+            created_at, deployed_at, env_hash, artifact_hash, publisher_id, manifest_json)
+        VALUES ($1, $2, $3, $4, $5, 'ACTIVE', make_timestamp($6), make_timestamp($6), $7, $8, $9,
+            $10)
+        """,
+        [
+            manifest_id,
+            release.plugin,
+            release.version,
+            release.source_code,
+            release.source_hash,
+            now_us,
+            release.env_hash or None,
+            release.artifact_hash,
+            publisher_id,
+            _encode(release.declared).decode(),
+        ],
+    )
+    return manifest_id
+
+
+def _publisher(ledger: Ledger, connection: Connection, name: str, now_us: int) -> int:
+    row = connection.execute(
+        "SELECT id FROM cf_publisher WHERE name = $1 AND azure_oid IS NULL", [name]
+    ).fetchone()
+    if row is not None:
+        connection.execute(
+            "UPDATE cf_publisher SET last_active = make_timestamp($2) WHERE id = $1",
+            [row[0], now_us],
+        )
+        return int(row[0])
+    publisher_id = ledger.next_id("cf_publisher")
+    connection.execute(
+        "INSERT INTO cf_publisher (id, name, created_at, last_active) "
+        "VALUES ($1, $2, make_timestamp($3), make_timestamp($3))",
+        [publisher_id, name, now_us],
+    )
+    return publisher_id
+
+
+def _wire(
+    ledger: Ledger,
+    connection: Connection,
+    release: Release,
+    before: tuple[str, Declared] | None,
+    now_us: int,
+) -> list[str]:
+    old = before[1] if before else None
+    kept = _wire_rule(ledger, connection, release, old)
+    kept += _wire_config(connection, release, old, now_us)
+    kept += _wire_topics(ledger, connection, release, old)
+    for tag in release.declared.subscriptions:
+        _add_subscription(ledger, connection, release.plugin, tag)
+    return kept
+
+
+def _wire_rule(
+    ledger: Ledger, connection: Connection, release: Release, old: Declared | None
+) -> list[str]:
+    new = release.declared
+    rows = connection.execute(
+        f"SELECT id, pattern, tag, priority FROM {_RULE} "
+        "WHERE plugin_name = $1 AND origin = 'auto'",
+        [release.plugin],
+    ).fetchall()
+    was = (old.pattern, old.tag, old.priority) if old and old.pattern else None
+    if was is not None and not any(tuple(row[1:]) == was for row in rows):
+        # Removed or changed by hand. A new pattern is a new wish; the same one is not.
+        if new.pattern == was[0]:
+            return [f"routing rule for {new.pattern!r}"]
+    elif was is not None:
+        connection.execute(
+            f"DELETE FROM {_RULE} WHERE plugin_name = $1 AND origin = 'auto' AND pattern = $2 "
+            "AND tag = $3 AND priority = $4",
+            [release.plugin, *was],
+        )
+    if new.pattern:
+        connection.execute(
+            f"INSERT INTO {_RULE} (id, pattern, tag, priority, origin, plugin_name) "
+            "VALUES ($1, $2, $3, $4, 'auto', $5)",
+            [ledger.next_id(_RULE), new.pattern, new.tag, new.priority, release.plugin],
+        )
+    return []
+
+
+def _wire_config(
+    connection: Connection, release: Release, old: Declared | None, now_us: int
+) -> list[str]:
+    new = release.declared
+    declared_before = old.tags if old else frozenset()
+    row = connection.execute(
+        "SELECT subscription_tags, default_parameters FROM cf_plugin_config WHERE plugin_name = $1",
+        [release.plugin],
+    ).fetchone()
+    if row is None:
+        connection.execute(
+            "INSERT INTO cf_plugin_config (plugin_name, subscription_tags, default_parameters, "
+            "last_updated) VALUES ($1, $2, $3, make_timestamp($4))",
+            [release.plugin, format_tags(new.tags), new.parameters_json, now_us],
+        )
+        return []
+    current = parse_tags(row[0])
+    tags = (current - (declared_before - new.tags)) | (new.tags - declared_before)
+    own = row[1] not in {"{}", old.parameters_json if old else "{}"}
+    connection.execute(
+        "UPDATE cf_plugin_config SET subscription_tags = $2, default_parameters = $3, "
+        "last_updated = make_timestamp($4) WHERE plugin_name = $1",
+        [release.plugin, format_tags(tags), row[1] if own else new.parameters_json, now_us],
+    )
+    kept = ["default parameters"] if own and row[1] != new.parameters_json else []
+    return kept + [f"subscription to {tag!r}" for tag in sorted(new.tags - tags)]
+
+
+def _wire_topics(
+    ledger: Ledger, connection: Connection, release: Release, old: Declared | None
+) -> list[str]:
+    new = release.declared.topics
+    before = old.topics if old else {}
+    present = {
+        row[0]: (row[1], row[2] or "", row[3])
+        for row in connection.execute(
+            f"SELECT topic_name, uri, schema_json, origin FROM {_TOPIC} WHERE plugin_name = $1",
+            [release.plugin],
+        ).fetchall()
+    }
+    kept = []
+    for name in sorted(set(before) | set(new)):
+        now, was, wish = present.get(name), before.get(name), new.get(name)
+        if now is None and was is not None and wish == was:
+            kept.append(f"topic {name}")  # removed by hand
+        elif now is not None and (now[2] == Origin.USER or was is None or now[:2] != _stored(was)):
+            if wish is not None and now[:2] != _stored(wish):
+                kept.append(f"topic {name}")
+        else:
+            _replace_topic(ledger, connection, release.plugin, name, wish)
+    return kept
+
+
+def _stored(topic: Topic) -> tuple[str, str]:
+    return "\n".join(topic.uris), topic.contract
+
+
+def _replace_topic(
+    ledger: Ledger, connection: Connection, plugin: str, name: str, topic: Topic | None
+) -> None:
+    connection.execute(
+        f"DELETE FROM {_TOPIC} WHERE plugin_name = $1 AND topic_name = $2", [plugin, name]
+    )
+    if topic is not None:
+        uris, contract = _stored(topic)
+        connection.execute(
+            f"INSERT INTO {_TOPIC} (id, plugin_name, topic_name, uri, mode, schema_json, origin) "
+            "VALUES ($1, $2, $3, $4, 'append', $5, 'auto')",
+            [ledger.next_id(_TOPIC), plugin, name, uris, contract or None],
+        )
+
+
+def _add_subscription(ledger: Ledger, connection: Connection, plugin: str, name: str) -> None:
+    connection.execute(
+        "INSERT INTO cf_plugin_subscription (id, plugin_name, topic_name) VALUES ($1, $2, $3) "
+        "ON CONFLICT DO NOTHING",
+        [ledger.next_id("cf_plugin_subscription"), plugin, name],
+    )
+
+
+def _described(connection: Connection, release: Release, manifest_id: int) -> Row:
+    topics = connection.execute(
+        f"SELECT topic_name, uri FROM {_TOPIC} WHERE plugin_name = $1 ORDER BY topic_name",
+        [release.plugin],
+    ).fetchall()
+    tags = connection.execute(
+        "SELECT subscription_tags FROM cf_plugin_config WHERE plugin_name = $1", [release.plugin]
+    ).fetchone()
+    declared = release.declared
+    return {
+        "plugin_id": manifest_id,
+        "plugin": release.plugin,
+        "version": release.version,
+        "artifact_hash": release.artifact_hash,
+        "rule": {"pattern": declared.pattern, "tag": declared.tag, "priority": declared.priority}
+        if declared.pattern
+        else None,
+        "topics": {name: uris.split("\n") for name, uris in topics},
+        "subscriptions": sorted(parse_tags(tags[0])) if tags else [],
+    }
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+def list_plugins(connection: Connection) -> list[Row]:
+    """Every deployed version, newest of each plugin first, with its wiring and health."""
+    return select(
+        connection,
+        f"""
+        SELECT m.id, m.plugin_name, m.version, m.status, m.artifact_hash, m.env_hash,
+               m.deployed_at, m.created_at, m.validation_error, p.name AS publisher,
+               c.subscription_tags, c.default_parameters, coalesce(h.paused, false) AS paused,
+               coalesce(h.reason, '') AS pause_reason,
+               coalesce(h.consecutive_failures, 0) AS consecutive_failures
+        FROM {_MANIFEST} m
+        LEFT JOIN cf_publisher p ON p.id = m.publisher_id
+        LEFT JOIN cf_plugin_config c ON c.plugin_name = m.plugin_name
+        LEFT JOIN cf_plugin_health h ON h.plugin_name = m.plugin_name
+        ORDER BY m.plugin_name, m.id DESC
+        """,
+    )
+
+
+def list_topics(connection: Connection) -> list[Row]:
+    """Every topic configuration; several sinks stand in `uri` one a line."""
+    return select(connection, f"SELECT * FROM {_TOPIC} ORDER BY plugin_name, topic_name")
+
+
+def list_rules(connection: Connection) -> list[Row]:
+    """Every routing rule, most urgent first."""
+    return select(connection, f"SELECT * FROM {_RULE} ORDER BY priority DESC, id")
+
+
+# -- changes by hand --------------------------------------------------------------------------
+
+
+def set_topic(
+    ledger: Ledger,
+    plugin: str,
+    topic: str,
+    *,
+    uri: str,
+    mode: str = "append",
+    schema_json: str = "",
+) -> None:
+    """Say where a plugin's topic goes; deploys leave it alone from then on.
+
+    Args:
+        uri: one sink URI, or several one a line.
+
+    Raises:
+        UsageError: a name, URI, mode or contract is not usable.
+        NotFoundError: no such plugin.
+    """
+    check_topic(topic)
+    uris = "\n".join(parse_sink_uri(line.strip()).uri for line in uri.splitlines() if line.strip())
+    if not uris:
+        raise UsageError("a topic needs a sink URI", hint="For example parquet://sales.")
+    chosen = parse_mode(mode)
+    if schema_json:
+        parse_contract(schema_json)
+    with ledger.transaction() as connection:
+        _require_plugin(connection, plugin)
+        connection.execute(
+            f"""
+            INSERT INTO {_TOPIC} (id, plugin_name, topic_name, uri, mode, schema_json, origin)
+            VALUES ($1, $2, $3, $4, $5, $6, 'user')
+            ON CONFLICT (plugin_name, topic_name) DO UPDATE SET
+                uri = excluded.uri, mode = excluded.mode, origin = 'user',
+                schema_json = coalesce(excluded.schema_json, schema_json)
+            """,
+            [ledger.next_id(_TOPIC), plugin, topic, uris, chosen.value, schema_json or None],
+        )
+
+
+def add_rule(ledger: Ledger, pattern: str, tag: str, *, priority: int = 50) -> int:
+    """Add a routing rule; the same one again only changes its priority. Returns its id.
+
+    Raises:
+        UsageError: the pattern, tag or priority is not usable.
+    """
+    compile_route(pattern)
+    check_tag(tag)
+    if priority not in PRIORITIES:
+        raise UsageError(f"priority wants {PRIORITIES.start} to {PRIORITIES.stop - 1}")
+    with ledger.transaction() as connection:
+        row = connection.execute(
+            f"SELECT id FROM {_RULE} WHERE pattern = $1 AND tag = $2 AND origin = 'user'",
+            [pattern, tag],
+        ).fetchone()
+        if row is not None:
+            connection.execute(
+                f"UPDATE {_RULE} SET priority = $2 WHERE id = $1", [row[0], priority]
+            )
+            return int(row[0])
+        rule_id = ledger.next_id(_RULE)
+        connection.execute(
+            f"INSERT INTO {_RULE} (id, pattern, tag, priority) VALUES ($1, $2, $3, $4)",
+            [rule_id, pattern, tag, priority],
+        )
+    return rule_id
+
+
+def remove_rule(ledger: Ledger, rule_id: int) -> None:
+    """Remove a routing rule, also one that a deploy made.
+
+    Raises:
+        NotFoundError: there is none with this id.
+    """
+    with ledger.transaction() as connection:
+        count = connection.execute(f"DELETE FROM {_RULE} WHERE id = $1", [rule_id]).fetchone()
+        if not count or not count[0]:
+            raise NotFoundError(f"no routing rule {rule_id}", hint="'casparian rules' lists them.")
+
+
+def _require_plugin(connection: Connection, plugin: str) -> tuple[int, str]:
+    """Manifest id and version of the plugin's active version."""
+    row = connection.execute(
+        f"SELECT id, version FROM {_MANIFEST} WHERE plugin_name = $1 AND status = 'ACTIVE' "
+        "ORDER BY id DESC LIMIT 1",
+        [plugin_name(plugin)],
+    ).fetchone()
+    if row is None:
+        raise NotFoundError(
+            f"no active plugin {plugin!r}",
+            hint="'casparian plugins' lists them; 'casparian publish FILE' deploys one.",
+        )
+    return int(row[0]), str(row[1])
+
+
+# -- backfill ---------------------------------------------------------------------------------
+
+
+def backfill(
+    ledger: Ledger, plugin: str, *, execute: bool, force: bool = False, now_us: int
+) -> tuple[Row, list[Job]]:
+    """Jobs of a plugin's active version for file versions that were there before it.
+
+    Only a file's current version can be processed: the ledger records versions, it does not keep
+    their bytes.
+
+    Args:
+        execute: False only counts.
+        force: also versions that have such a job already, under a new generation.
+
+    Returns:
+        {plugin, version, jobs, executed, bytes_gone, bytes_gone_total}, and the new jobs.
+        `bytes_gone` has at most BYTES_GONE_MAX lines.
+
+    Raises:
+        NotFoundError: no such active plugin.
+    """
+    ledger.fold()
+    with ledger.transaction() as connection:
+        manifest_id, version = _require_plugin(connection, plugin)
+        wanted, gone = _missing(connection, plugin, manifest_id, force=force)
+        jobs = enqueue(ledger, connection, wanted, now_us) if execute else []
+    row = {
+        "plugin": plugin,
+        "version": version,
+        "jobs": len(wanted),
+        "executed": execute,
+        "bytes_gone": gone[:BYTES_GONE_MAX],
+        "bytes_gone_total": len(gone),
+    }
+    return row, jobs
+
+
+def _missing(
+    connection: Connection, plugin: str, manifest_id: int, *, force: bool
+) -> tuple[list[Wanted], list[str]]:
+    rules = load_rule_set(connection)
+    manual = _all_manual_tags(connection)
+    wanted, gone = [], []
+    for row in _versions_of(connection, plugin, manifest_id):
+        version_id, location_id, path, seq, current, deleted, jobs, generation = row
+        if jobs and not force:
+            continue
+        takers = rules.takers(merged_tags(rules.tags(path), manual.get(location_id)))
+        match = next((m for m in takers if m.plugin == plugin), None)
+        if match is None:
+            continue
+        if current and not deleted:
+            # Without `force` there is no job to outdo, so the generation is the first.
+            wanted.append(
+                Wanted(
+                    version_id,
+                    Match(plugin, manifest_id, match.priority),
+                    generation + 1 if jobs else 0,
+                )
+            )
+        elif not jobs:
+            why = "deleted" if deleted else "changed since"
+            gone.append(f"{path} (version {seq}: {why})")
+    return wanted, gone
+
+
+def _versions_of(
+    connection: Connection, plugin: str, manifest_id: int
+) -> Sequence[tuple[int, int, str, int, bool, bool, int, int]]:
+    """Versions in active roots; jobs of this plugin version that were not skipped for lack of
+    bytes count."""
+    return connection.execute(
+        """
+        SELECT v.id, l.id, l.rel_path, v.seq, l.current_version_id = v.id,
+               l.deleted_at IS NOT NULL, coalesce(j.jobs, 0), coalesce(j.generation, 0)
+        FROM cf_file_version v
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id AND r.active = 1
+        LEFT JOIN (
+            SELECT file_version_id, count(*) FILTER (status <> 'SKIPPED') AS jobs,
+                   max(generation) AS generation
+            FROM cf_processing_queue
+            WHERE plugin_name = $1 AND plugin_manifest_id = $2 GROUP BY file_version_id
+        ) j ON j.file_version_id = v.id
+        ORDER BY v.id
+        """,
+        [plugin, manifest_id],
+    ).fetchall()
+
+
+def _all_manual_tags(connection: Connection) -> dict[int, dict[str, int]]:
+    tags: dict[int, dict[str, int]] = {}
+    for location_id, tag in connection.execute("SELECT file_id, tag FROM cf_file_tag").fetchall():
+        tags.setdefault(location_id, {})[tag] = MANUAL_PRIORITY
+    return tags

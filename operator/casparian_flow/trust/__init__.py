@@ -1,0 +1,1 @@
+"""Hashes that the control plane and the worker both check."""

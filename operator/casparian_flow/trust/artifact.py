@@ -1,0 +1,45 @@
+"""The hash that names a plugin version's exact bytes (docs/artifact.md)."""
+
+import hashlib
+import json
+
+ARTIFACT_LABEL = b"casparian-flow artifact v1"
+"""Separates these digests from every other use of SHA-256, and from later encodings."""
+
+
+def artifact_hash(source: str, lockfile: str = "", manifest_json: str = "") -> str:
+    """SHA-256 over a plugin's source, its lock file and its manifest: 64 hex digits.
+
+    Each part is preceded by its length as eight big-endian bytes, and the whole by a label framed
+    the same way, so that no two different triples share an encoding. Text is hashed as UTF-8,
+    exactly as given: no newline is changed.
+
+    Args:
+        source: text of the plugin's module.
+        lockfile: text of its uv.lock, "" for none.
+        manifest_json: canonical JSON of the manifest shipped beside it, "" for none.
+    """
+    digest = hashlib.sha256()
+    for part in (
+        ARTIFACT_LABEL,
+        *(t.encode("utf-8", "surrogatepass") for t in (source, lockfile, manifest_json)),
+    ):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def environment_hash(lockfile: str) -> str:
+    """SHA-256 of a lock file's text, the name of the environment it makes; "" for no lock file."""
+    return hashlib.sha256(lockfile.encode("utf-8")).hexdigest() if lockfile else ""
+
+
+def release_json(plugin_name: str, version: str) -> str:
+    """The manifest of a plugin that is one source file: what the source itself cannot fix.
+
+    Everything else a plugin declares stands in its source. Canonical JSON, so that whoever holds
+    name and version can make the same text.
+    """
+    return json.dumps(
+        {"name": plugin_name, "version": version}, separators=(",", ":"), ensure_ascii=False
+    )
