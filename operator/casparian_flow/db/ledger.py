@@ -37,6 +37,7 @@ from casparian_flow.domain.errors import (
     LedgerCorruptError,
     LedgerLockedError,
     LedgerUnavailableError,
+    UsageError,
     require,
 )
 from casparian_flow.domain.ids import Token
@@ -61,8 +62,19 @@ CHECKPOINT_MB: Final = 48
 """Size of the write-ahead log at which DuckDB checkpoints within a commit (a stall)."""
 IDLE_CHECKPOINT_BYTES: Final = 4 << 20
 """Size above which an idle ledger checkpoints by itself, so that commits need not."""
-MEMORY_LIMIT: Final = "512MB"
+MEMORY_LIMIT_MB: Final = 512
 _STATUS_CHUNK: Final = 1 << 18
+_BULK_COLUMNS: Final = frozenset(
+    {
+        "plugin_name",
+        "file_version_id",
+        "priority",
+        "generation",
+        "config_overrides",
+        "plugin_manifest_id",
+        "retry_of",
+    }
+)
 _QUEUE: Final = "cf_processing_queue"
 _LIVE: Final = LEASED | {JobStatus.STAGED}
 
@@ -96,8 +108,16 @@ class Ledger:
         limits: what a plugin run may use, for `plugin_specs`; the owner may set others.
     """
 
-    def __init__(self, path: Path | None, clock: Clock, *, create: bool) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        clock: Clock,
+        *,
+        create: bool,
+        memory_limit_mb: int = MEMORY_LIMIT_MB,
+    ) -> None:
         self.path = path
+        self._memory_limit_mb = memory_limit_mb
         self.ledger_id = ""
         self.epoch = 0
         self.must_reopen = False
@@ -113,8 +133,17 @@ class Ledger:
     # -- opening and closing ------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | Path, *, clock: Clock, create: bool = True) -> "Ledger":
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        clock: Clock,
+        create: bool = True,
+        memory_limit_mb: int = MEMORY_LIMIT_MB,
+    ) -> "Ledger":
         """Open the ledger at `path`, making it on the first run.
+
+        `memory_limit_mb` bounds DuckDB's memory; a million jobs fit into the default.
 
         Raises:
             NotFoundError: there is none and `create` is false.
@@ -131,7 +160,7 @@ class Ledger:
                     f"ledger {resolved} is open in this process already",
                     hint="Use that one, or close it first.",
                 )
-            ledger = cls(resolved, clock, create=create)
+            ledger = cls(resolved, clock, create=create, memory_limit_mb=memory_limit_mb)
             _open_paths[resolved] = weakref.ref(ledger)
         return ledger
 
@@ -165,7 +194,7 @@ class Ledger:
     def _settings(self) -> None:
         for setting in (
             "TimeZone = 'UTC'",
-            f"memory_limit = '{MEMORY_LIMIT}'",
+            f"memory_limit = '{self._memory_limit_mb}MB'",
             f"checkpoint_threshold = '{CHECKPOINT_MB}MB'",
             # One thread: commits are small, and what DuckDB would start others for is slower
             # for it. Readers share it.
@@ -646,6 +675,34 @@ class Ledger:
             if self._counters.peek(_QUEUE) > first_job:
                 self._fill_statuses(first_job)
             self._acknowledge()
+
+    def enqueue_bulk(self, jobs: pa.Table) -> range:
+        """Insert many QUEUED jobs in one transaction; returns their ids, in the table's order.
+
+        Args:
+            jobs: columns plugin_name and file_version_id, and any of priority, generation,
+                config_overrides, plugin_manifest_id, retry_of.
+
+        Raises:
+            UsageError: a column is missing or unknown.
+            LedgerUnavailableError: nothing is inserted.
+        """
+        names = list(jobs.column_names)
+        wrong = sorted({"plugin_name", "file_version_id"} - set(names)) + sorted(
+            set(names) - _BULK_COLUMNS
+        )
+        if wrong:
+            raise UsageError(f"jobs in bulk: column {wrong[0]!r} is missing or unknown")
+        listed = ", ".join(names)
+        with self.transaction() as connection:
+            ids = self.next_ids(_QUEUE, jobs.num_rows)
+            numbered = jobs.append_column("id", pa.array(ids, pa.int64()))  # noqa: F841 - by name
+            connection.execute(
+                f"INSERT INTO {_QUEUE} (id, {listed}, status, created_at) "
+                f"SELECT id, {listed}, 'QUEUED', make_timestamp($1) FROM numbered",
+                [self._clock.now().wall_us],
+            )
+        return ids
 
     def next_id(self, table: str) -> int:
         """The next id of a table with an id column, for use in the open transaction."""
