@@ -22,7 +22,9 @@ from casparian_worker.plugin_host import PluginHost
 from casparian_worker.runtime import PluginRuntime
 
 
-def make_plugin(source: str, *, parameters: str = "{}", lockfile: str = "", **limits: object) -> Plugin:
+def make_plugin(
+    source: str, *, parameters: str = "{}", lockfile: str = "", **limits: object
+) -> Plugin:
     """A plugin's spec; `limits` replace those of a small test plugin."""
     text = textwrap.dedent(source)
     given: dict[str, object] = {"timeout_s": 30.0, "memory_mb": 1024, "log_bytes": 4096}
@@ -72,6 +74,7 @@ class Run:
         return self.outcome
 
     def table(self, topic: str = "out") -> pa.Table:
+        self.finished  # noqa: B018 - shows the failure instead
         return pa.Table.from_batches([b.batch for b in self.batches if b.topic == topic])
 
     def rows(self, topic: str = "out") -> list[dict[str, object]]:

@@ -74,7 +74,8 @@ def test_configure_receives_the_parameters_once_per_process(bench: Bench) -> Non
             self.config = config
             self.name = ctx.plugin_name
         def execute(self, path):
-            self.publish("t", [{"calls": self.calls, "factor": self.config["factor"], "n": self.name}])
+            row = {"calls": self.calls, "factor": self.config["factor"], "n": self.name}
+            self.publish("t", [row])
     """
     host = bench.host(source, parameters='{"factor": 3}')
     for _ in range(2):
@@ -82,7 +83,9 @@ def test_configure_receives_the_parameters_once_per_process(bench: Bench) -> Non
 
 
 def test_a_topic_without_rows_still_arrives_with_its_columns(bench: Bench) -> None:
-    run = bench.run(handler("import pyarrow as pa\nself.publish('t', pa.table({'a': [1]}).slice(1))"))
+    run = bench.run(
+        handler("import pyarrow as pa\nself.publish('t', pa.table({'a': [1]}).slice(1))")
+    )
     assert run.table("t").num_rows == 0
     assert run.table("t").column_names == ["a"]
 
@@ -99,10 +102,12 @@ def test_an_exception_is_a_plugin_error_with_its_line(bench: Bench) -> None:
     assert failed.message == "ValueError: no header (line 7)"
     assert failed.transient is None
     assert failed.log_tail.startswith("reading\nTraceback")
-    assert 'raise ValueError(\'no header\')' in failed.log_tail
+    assert "raise ValueError('no header')" in failed.log_tail
 
 
-@pytest.mark.parametrize(("kind", "transient"), [("TransientError", True), ("PermanentError", False)])
+@pytest.mark.parametrize(
+    ("kind", "transient"), [("TransientError", True), ("PermanentError", False)]
+)
 def test_a_plugin_may_say_whether_trying_again_helps(
     bench: Bench, kind: str, transient: bool
 ) -> None:
