@@ -1,127 +1,60 @@
-"""A ledger that lives as long as the run: what is in it is durable by definition."""
+"""The ledger's in-memory twin, as long-lived as the run: what is in it is durable by definition."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from copy import copy
+from dataclasses import replace
 
-from casparian_flow.domain.errors import LedgerUnavailableError, require
-from casparian_flow.domain.failures import Reason
+from casparian_flow.db.memory import MemoryLedger
+from casparian_flow.domain.errors import LedgerUnavailableError
 from casparian_flow.domain.ids import JobId
-from casparian_flow.domain.jobs import KIND_STATUS, TERMINAL, JobStatus, JournalKind
+from casparian_flow.domain.jobs import JobStatus, JournalKind
 from casparian_flow.domain.outputs import OutputEntry, SinkMode
-from casparian_flow.domain.records import (
-    BatchItem,
-    GrantOutcome,
-    Health,
-    HealthRecord,
-    Job,
-    LedgerState,
-    NewJob,
-    PluginSpec,
-    Record,
-)
+from casparian_flow.domain.records import BatchItem, GrantOutcome, Job, NewJob, PluginSpec, Record
+
+PAGE = 5
+"""Small pages of the queue, so that hydration is met often."""
 
 
-class SimLedger:
+class SimLedger(MemoryLedger):
+    """Adds what Scout and the Architect ask, a disk that fills up, and the judges' view."""
+
     def __init__(self) -> None:
-        self.full = False
-        self._epoch = 0
-        self._jobs: dict[int, Job] = {}
-        self._histories: dict[int, list[Record]] = {}
-        self._once: dict[tuple[int, int], int] = {}
-        self._keys: dict[str, int] = {}
-        self._slices: dict[str, tuple[int, int, int]] = {}
-        self.replaced: dict[str, list[tuple[int, int, int]]] = {}
+        super().__init__("1edeadbe")
+        self.granted: dict[int, str] = {}
+        """Job → the token it was granted under."""
+        self.manifests: dict[int, tuple[OutputEntry, ...]] = {}
+        self.replaced: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         """Slice → the order numbers granted in it, as they were granted."""
-        self._manifests: dict[int, tuple[OutputEntry, ...]] = {}
-        self._granted: dict[int, str] = {}
-        self._dead: set[int] = set()
-        self._health: dict[str, Health] = {}
-        self._specs: dict[str, PluginSpec] = {}
+        self._once: dict[tuple[int, int], int] = {}
 
-    # -- what the core asks -----------------------------------------------------------------
+    @property
+    def full(self) -> bool:
+        return self.failing is not None
 
-    def recover(self) -> None:
-        if self.full:
-            raise LedgerUnavailableError("no space left on device")
+    def fill_disk(self) -> None:
+        self.failing = LedgerUnavailableError("no space left on device")
 
-    def begin_epoch(self) -> int:
-        self._epoch += 1
-        return self._epoch
-
-    def load(self, page: int) -> LedgerState:
-        active = [copy(j) for j in self._jobs.values() if j.status not in TERMINAL | _WAITING]
-        queued, more = self.hydrate((1 << 40, 0), page)
-        return LedgerState(
-            ledger_id="1edeadbe",
-            epoch=self._epoch,
-            next_job_id=len(self._jobs) + 1,
-            active=active,
-            queued=queued,
-            more_queued=more,
-            plugins=list(self._specs.values()),
-            health=[copy(h) for h in self._health.values()],
-            counts={},
-        )
+    def free_space(self) -> None:
+        self.failing = None
 
     def hydrate(self, after: tuple[int, int], limit: int) -> tuple[list[Job], bool]:
-        limit = min(limit, 5)  # small pages, so that hydration is met often
-        rank = (-after[0], after[1])
-        queued = sorted(
-            (j for j in self._jobs.values() if j.status is JobStatus.QUEUED),
-            key=lambda j: (-j.priority, j.job_id),
-        )
-        rest = [j for j in queued if (-j.priority, j.job_id) > rank]
-        return [copy(j) for j in rest[:limit]], len(rest) > limit
+        return super().hydrate(after, min(limit, PAGE))
 
     def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
-        outcomes = []
+        outcomes = super().commit(batch)
+        refused = {outcome.job_id for outcome in outcomes if outcome.refused}
         for item in batch:
-            match item:
-                case Record(kind=JournalKind.GRANTED):
-                    outcomes.append(self._grant(item))
-                case Record():
-                    self._apply(item)
-                case HealthRecord(health):
-                    self._health[health.plugin] = copy(health)
-                case NewJob(job):
-                    self._add(job)
+            granted = isinstance(item, Record) and item.kind is JournalKind.GRANTED
+            if granted and item.job_id not in refused:
+                self._note_grant(item)
         return outcomes
 
-    def _grant(self, record: Record) -> GrantOutcome:
-        job = self._jobs[record.job_id]
-        refused = ""
+    def _note_grant(self, record: Record) -> None:
+        self.granted[record.job_id] = self.job(record.job_id).token
+        self.manifests[record.job_id] = record.manifest
         for entry in record.manifest:
-            if entry.output_key in self._keys:
-                refused = refused or Reason.DUPLICATE_OUTPUT
-            elif entry.mode is SinkMode.REPLACE:
-                newest = self._slices.get(entry.slice_key)
-                if newest is not None and newest > tuple(entry.order_no):
-                    refused = Reason.SUPERSEDED
-        if not refused:
-            for entry in record.manifest:
-                self._keys[entry.output_key] = record.job_id
-                if entry.mode is SinkMode.REPLACE:
-                    self.replaced.setdefault(entry.slice_key, []).append(entry.order_no)
-                self._slices[entry.slice_key] = entry.order_no
-            self._manifests[record.job_id] = tuple(record.manifest)
-            self._granted[record.job_id] = job.token
-            self._apply(record)
-            job.manifest = tuple(record.manifest)
-        return GrantOutcome(job.job_id, job.token, refused)
-
-    def _apply(self, record: Record) -> None:
-        job = self._jobs[record.job_id]
-        self._histories[record.job_id].append(record)
-        job.status = KIND_STATUS[record.kind]
-        data = record.data or {}
-        if record.kind is JournalKind.LEASED:
-            job.attempt, job.token, job.owner = record.attempt, data["token"], data["owner"]
-            job.manifest_id = data["manifest_id"]
-        elif record.kind is JournalKind.RETRIED:
-            job.retry_count, job.not_before_us = data["retry_count"], data["not_before_us"]
-        elif record.kind is JournalKind.FAILED:
-            require("dead_letter" in data, "a failure says why")
-            self._dead.add(record.job_id)
+            if entry.mode is SinkMode.REPLACE:
+                self.replaced[entry.slice_key].append(entry.order_no)
 
     # -- what Scout and the Architect ask ---------------------------------------------------
 
@@ -131,27 +64,19 @@ class SimLedger:
         known = self._once.get(once)
         if known is not None:
             return known, None
-        new = copy(job)
-        new.job_id = JobId(len(self._jobs) + 1)
+        new = replace(job, job_id=JobId(len(self._jobs) + 1))
         self._once[once] = new.job_id
-        self._add(new)
-        return new.job_id, copy(new)
-
-    def _add(self, job: Job) -> None:
-        self._jobs[job.job_id] = copy(job)
-        self._histories[job.job_id] = []
+        self.commit([NewJob(new)])
+        return new.job_id, replace(new)
 
     def deploy(self, spec: PluginSpec) -> list[PluginSpec]:
-        self._specs[spec.plugin] = spec
-        return list(self._specs.values())
+        self.plugins = [p for p in self.plugins if p.plugin != spec.plugin] + [spec]
+        return list(self.plugins)
 
     # -- what the judges read ---------------------------------------------------------------
 
-    def free_space(self) -> None:
-        self.full = False
-
     def spec(self, plugin: str) -> PluginSpec:
-        return self._specs[plugin]
+        return next(p for p in self.plugins if p.plugin == plugin)
 
     def job(self, job_id: int) -> Job:
         return self._jobs[job_id]
@@ -160,20 +85,14 @@ class SimLedger:
         return {job_id: job.status for job_id, job in self._jobs.items()}
 
     def histories(self) -> dict[int, list[Record]]:
-        return self._histories
-
-    def granted(self, job_id: int) -> str | None:
-        return self._granted.get(job_id)
-
-    def manifest(self, job_id: int) -> tuple[OutputEntry, ...]:
-        return self._manifests.get(job_id, ())
+        histories: dict[int, list[Record]] = {job_id: [] for job_id in self._jobs}
+        for record in self.journal:
+            histories[record.job_id].append(record)
+        return histories
 
     def dead_letter_jobs(self) -> set[int]:
-        return self._dead
+        return {letter["original_job_id"] for letter in self.dead_letters}
 
-    def last_reason(self, job_id: int) -> str:
-        history = self._histories[job_id]
-        return str((history[-1].data or {}).get("reason", "")) if history else ""
-
-
-_WAITING = frozenset({JobStatus.QUEUED, JobStatus.PENDING})
+    def last_reasons(self) -> dict[int, str]:
+        """Job → the reason in its last journal entry, "" if there is none."""
+        return {r.job_id: str((r.data or {}).get("reason", "")) for r in self.journal}

@@ -12,7 +12,7 @@ from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import Identity
 from casparian_flow.domain.jobs import JobStatus, JournalKind
 from casparian_flow.domain.outputs import OutputEntry
-from casparian_flow.domain.records import BatchItem, GrantOutcome, Job, Record
+from casparian_flow.domain.records import BatchItem, GrantOutcome, Job
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel import events as e
@@ -151,17 +151,17 @@ class SaysItOnce(WorkerState):
 class KeysNotReserved(SimLedger):
     """Two jobs may be granted the same output."""
 
-    def _grant(self, record: Record) -> GrantOutcome:
-        self._keys.clear()
-        return super()._grant(record)
+    def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
+        self._taken.clear()
+        return super().commit(batch)
 
 
 class OldReplacesNew(SimLedger):
     """A late job for an old version is granted after a newer one."""
 
-    def _grant(self, record: Record) -> GrantOutcome:
-        self._slices.clear()
-        return super()._grant(record)
+    def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
+        self._heads.clear()
+        return super().commit(batch)
 
 
 class LosesHalfABatch(SimLedger):

@@ -104,8 +104,8 @@ class SimWriter:
         assert callable(fn)
         assert isinstance(future, Future)
         try:
-            if self._ledger.full:
-                raise LedgerUnavailableError("no space left on device")
+            if self._ledger.failing is not None:
+                raise self._ledger.failing
             future.set_result(fn(self._ledger))
         except LedgerError as error:
             future.set_exception(error)
@@ -132,10 +132,10 @@ class SimWriter:
         world = self._world
         if not self._ledger.full and world.chance(world.options.disk_full):
             world.strike("disk_full")
-            self._ledger.full = True
+            self._ledger.fill_disk()
             world.after(world.rng.uniform(0.5, 10.0), self._ledger.free_space)
-        if self._ledger.full:
-            return LedgerUnavailableError("no space left on device"), []
+        if self._ledger.failing is not None:
+            return self._ledger.failing, []
         if world.chance(world.options.fsync_error):
             durable = world.rng.random() < 0.5
             world.strike("fsync_error", f"durable={durable}")

@@ -367,7 +367,7 @@ class Run:
 
     def _check_publication(self, token: str, entry: OutputEntry) -> None:
         parts = parse_token(token)
-        if parts is None or self.ledger.granted(parts.job_id) != token:
+        if parts is None or self.ledger.granted.get(parts.job_id) != token:
             raise ViolationError(f"{entry.final} published under {token}, which was not granted")
         if parts.job_id in self.answers.cancelled:
             raise ViolationError(f"{entry.final} published after job {parts.job_id} was cancelled")
@@ -403,6 +403,7 @@ class Run:
 
     def _judge_jobs(self) -> None:
         statuses = self.ledger.statuses()
+        reasons = self.ledger.last_reasons()
         for job_id in self.answers.submitted:
             if job_id not in statuses:
                 raise ViolationError(f"job {job_id} was acknowledged and is lost")
@@ -419,16 +420,15 @@ class Run:
                 raise ViolationError(f"job {job_id} is ABORTED and nobody asked for it")
             if self.ledger.job(job_id).retry_count > 3:
                 raise ViolationError(f"job {job_id} was retried more than three times")
-            self._judge_nature(job_id, status)
+            self._judge_nature(job_id, status, reasons.get(job_id, ""))
 
     def _may_be_aborted(self, job_id: int) -> bool:
         """A cancel whose answer was lost in a crash still counts as asked for."""
         return self.options.cancel > 0
 
-    def _judge_nature(self, job_id: int, status: JobStatus) -> None:
+    def _judge_nature(self, job_id: int, status: JobStatus, reason: str) -> None:
         """A job must end as its file and plugin say, or for a reason that the history shows."""
         nature = self.disk.natures[self.ledger.job(job_id).version_id]
-        reason = self.ledger.last_reason(job_id)
         if status is JobStatus.COMPLETED and nature.permanent:
             raise ViolationError(f"job {job_id} COMPLETED though its plugin always fails")
         if status is JobStatus.SKIPPED and reason not in (
@@ -452,14 +452,14 @@ class Run:
         statuses = self.ledger.statuses()
         expected: dict[str, str] = {}
         for job_id, status in statuses.items():
-            manifest = self.ledger.manifest(job_id)
+            manifest = self.ledger.manifests.get(job_id, ())
             nature = self.disk.natures[self.ledger.job(job_id).version_id]
             if status is JobStatus.COMPLETED and len(manifest) != len(nature.topics):
                 raise ViolationError(f"job {job_id} COMPLETED with {len(manifest)} outputs")
             if status is not JobStatus.COMPLETED and manifest:
                 raise ViolationError(f"job {job_id} is {status} and was granted")
             for entry in manifest:
-                expected[entry.final] = self.ledger.granted(job_id) or ""
+                expected[entry.final] = self.ledger.granted.get(job_id, "")
                 self._judge_output(job_id, entry)
         for slice_of, orders in self.ledger.replaced.items():
             if orders != sorted(orders):

@@ -229,6 +229,19 @@ def test_a_grant_that_would_publish_old_or_known_data_skips_the_job(refusal: Rea
     assert bench.kinds == [JournalKind.SKIPPED]
 
 
+def test_a_stage_waits_while_another_job_publishes_the_same_slice() -> None:
+    bench = Bench(make_job(1))
+    bench.worker()
+    job = bench.broker.jobs[1]
+    bench.stage("w1", job)
+    bench.grant(job, Reason.BUSY)
+    assert bench.out == []
+    bench.stage("w1", job)
+    assert bench.kinds == [JournalKind.GRANTED]
+    bench.grant(job)
+    assert bench.sent(m.Grant) == [m.Grant(token(1))]
+
+
 def test_a_stage_under_a_stale_token_is_refused() -> None:
     bench = Bench(make_job(1))
     bench.worker("w1")

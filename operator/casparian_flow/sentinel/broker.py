@@ -633,6 +633,11 @@ class Broker:
                 self._reply(cancel.reply, outcome="too_late", status=job.status)
             return
         reason = Reason(outcome.refused)
+        if reason is Reason.BUSY:
+            # Another job is publishing this slice; the worker repeats its STAGE and asks again.
+            for cancel in cancels:
+                self._cancel(cancel, now)
+            return
         if owner is not None:
             self._send(owner, job.job_id, m.Refuse(job.token, reason, outcome.message))
         if reason in (Reason.SUPERSEDED, Reason.DUPLICATE_OUTPUT):
