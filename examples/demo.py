@@ -5,7 +5,6 @@ runs Sentinel, Scout and two workers, changes a file, and shows what became of i
 is in ./demo afterwards, to be looked at; the next run begins afresh.
 """
 
-import os
 import shutil
 import signal
 import socket
@@ -27,7 +26,7 @@ from casparian_flow.sentinel.control import remote
 from casparian_flow.sentinel.paths import control_address
 
 PLUGINS = Path(__file__).parent / "plugins"
-DEMO = Path("demo")
+DEMO = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").absolute()
 NAMES = (
     "airports.csv",
     "la-riots.csv",
@@ -89,12 +88,17 @@ def main() -> int:
         wait_for_jobs(JOBS + 2)
         heading("Stop, as Ctrl-C does")
     report()
-    print(f"\nThat took {time.monotonic() - began:.0f} seconds. Look around: cd {DEMO}")
+    print(f"\nThat took {time.monotonic() - began:.0f} seconds. Look around: cd {shown(DEMO)}")
     return 0
 
 
 def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
+
+
+def shown(path: Path) -> Path:
+    """As short as it can be said from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def command(*arguments: str) -> list[str]:
@@ -103,15 +107,15 @@ def command(*arguments: str) -> list[str]:
 
 def casparian(*arguments: str) -> None:
     """Run one command in the demo's folder, as a user would."""
-    shown = " ".join(f'"{a}"' if "\n" in a or " " in a else a for a in arguments)
-    print(f"$ casparian {shown}", flush=True)
+    words = " ".join(f'"{a}"' if " " in a else a for a in arguments)
+    print(f"$ casparian {words}", flush=True)
     subprocess.run(command(*arguments), cwd=DEMO, check=True)
 
 
 def prepare() -> None:
-    heading(f"Take {len(NAMES)} real files out of vega_datasets into {DEMO}/inbox")
+    heading(f"Take {len(NAMES)} real files out of vega_datasets into {shown(DEMO)}/inbox")
     if DEMO.exists() and not (DEMO / CONFIG_NAME).exists():
-        sys.exit(f"{DEMO.absolute()} is not from an earlier demo; move it away first")
+        sys.exit(f"{DEMO} is not from an earlier demo; move it away first")
     shutil.rmtree(DEMO, ignore_errors=True)
     (DEMO / "inbox").mkdir(parents=True)
     (DEMO / CONFIG_NAME).write_text(CONFIG.format(port=free_port()))
@@ -171,15 +175,15 @@ def report() -> None:
     heading("Where they are")
     output = DEMO / "output"
     for path in sorted(output.rglob("*.parquet")):
-        print(f"  {path}  {pq.read_metadata(path).num_rows:,} rows")
+        print(f"  {shown(path)}  {pq.read_metadata(path).num_rows:,} rows")
     for path in sorted(output.rglob("*.sqlite3")):
         for table, rows in sqlite_tables(path):
-            print(f"  {path}  {table}: {rows:,} rows")
+            print(f"  {shown(path)}  {table}: {rows:,} rows")
 
 
 def sqlite_tables(path: Path) -> list[tuple[str, int]]:
     """The tables of a SQLite database, without those that the sink keeps for itself."""
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
     try:
         names = database.execute(
             "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE '\\_%' "
@@ -194,5 +198,4 @@ def sqlite_tables(path: Path) -> list[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).parent.parent)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 import click
@@ -10,6 +11,9 @@ from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import note, one_line, show_data, show_table, to_json
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, ConflictError
+
+STDIN_CHARS_MAX = 2 << 20
+"""More than a query may have, so that one too long is refused and not cut."""
 
 
 @click.command()
@@ -45,7 +49,7 @@ def sql(app: App, query: str, limit: int, form: str) -> None:
     from casparian_flow.db import snapshot as snapshots
     from casparian_flow.db.readonly import select
 
-    text = click.get_text_stream("stdin").read() if query == "-" else query
+    text = sys.stdin.read(STDIN_CHARS_MAX) if query == "-" else query
     snapshot = Path(app.control.snapshot())
     try:
         answer = select(snapshot, text, limit=limit)
