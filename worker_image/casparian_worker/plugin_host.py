@@ -509,6 +509,8 @@ class PluginHost:
             self._events.extend(replace(self._invalid, key=job.request.key) for job in jobs)
 
     def _take_cancels(self) -> None:
+        if not self._cancels:
+            return
         with self._lock:
             cancels, self._cancels = self._cancels, set()
             kept = [job for job in self._waiting if job.request.key not in cancels]

@@ -153,8 +153,9 @@ def _item_batches(items: Iterable[Any]) -> Iterator[pa.RecordBatch]:
             rows.append(item)
             if len(rows) >= limit:
                 table = _row_table(rows)
-                limit = _rows_within(BATCH_BYTES, table)
                 rows = []
+                if not isinstance(items, list):
+                    limit = _rows_within(BATCH_BYTES, table)
                 yield from _table_batches(table)
             continue
         if rows:
