@@ -83,7 +83,10 @@ def _plugins(facts: Facts) -> Found:
     if not any(row["version"] for row in facts.standing["plugins"]):
         yield (
             "no plugin is deployed, so no job is made",
-            "Publish one with 'casparian publish FILE --version 1.0.0'.",
+            (
+                "Publish one with 'casparian publish FILE --version 1.0.0'; its class must be "
+                "named Handler."
+            ),
         )
 
 

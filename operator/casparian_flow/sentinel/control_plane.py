@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from casparian_flow import __version__
-from casparian_flow.db import inventory, queries, requeue, sources
+from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import Clock, Now
 from casparian_flow.domain.errors import (
@@ -42,6 +42,7 @@ from casparian_flow.sentinel.control_codec import Operation
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.loop import CoreLoop
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
+from casparian_flow.services import architect
 
 log = logging.getLogger(__name__)
 
@@ -385,17 +386,31 @@ class ControlPlane:
         artifact_hash: str = "",
         publisher: str = "",
     ) -> Row:
-        return self._rewire(
-            lambda ledger: architect.deploy(
-                ledger,
-                plugin_name=plugin_name,
+        # Reading somebody's source takes its time; the ledger's thread is not the place for it.
+        try:
+            release = architect.prepare(
+                plugin=plugin_name,
                 version=version,
                 source_code=source_code,
                 lockfile=lockfile,
-                artifact_hash=artifact_hash,
+                expected_hash=artifact_hash,
                 publisher=publisher,
-                now_us=self._now_us(),
             )
+        except UsageError as refusal:
+            error = str(refusal)
+            self._write(
+                lambda ledger: rejections.record(
+                    ledger,
+                    plugin=plugin_name,
+                    version=version,
+                    source_code=source_code,
+                    error=error,
+                    now_us=self._now_us(),
+                )
+            )
+            raise
+        return self._rewire(
+            lambda ledger: wiring.record_release(ledger, release, now_us=self._now_us())
         )
 
     def reload(self) -> None:
