@@ -5,6 +5,7 @@ finding names the version it was compared with; if the ledger has moved on meanw
 left for the next scan.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.records import Job
 from casparian_flow.sentinel.api import ChunkResult, FileFinding
 from casparian_flow.services.routing import format_tags
+
+log = logging.getLogger(__name__)
 
 CHUNK_FILES_MAX = 2_000
 PATH_BYTES_MAX = 16_384
@@ -131,9 +134,22 @@ def commit_chunk(
         raise UsageError("a chunk names a file twice")
     if not findings:
         return ChunkResult(), []
+    if not any(f.expected_version_id or f.renamed_from for f in findings):
+        # All new, it seems. Looking for their paths costs a walk over all locations; the unique
+        # index finds an exception as surely.
+        try:
+            return _commit(ledger, root_id, findings, now_us, known=False)
+        except duckdb.ConstraintException:
+            log.debug("a chunk of new files has known ones among them")
+    return _commit(ledger, root_id, findings, now_us, known=True)
+
+
+def _commit(
+    ledger: Ledger, root_id: int, findings: Sequence[FileFinding], now_us: int, *, known: bool
+) -> tuple[ChunkResult, list[Job]]:
     ledger.fold()
     with ledger.transaction() as connection:
-        work = _sort(findings, _places(connection, root_id, findings))
+        work = _sort(findings, _places(connection, root_id, findings) if known else {})
         writer = _Writer(ledger, connection, root_id, now_us)
         writer.write(work)
         jobs = enqueue(ledger, connection, writer.wanted, now_us)
@@ -362,7 +378,7 @@ class _Writer:
 
     def _add_versions(self, fresh: Sequence[tuple[FileFinding, int, int, int]]) -> None:
         rules = load_rule_set(self.connection)
-        manual = manual_tags(self.connection, [location for _, location, _, _ in fresh])
+        manual = manual_tags(self.connection, [place for _, place, _, seq in fresh if seq > 1])
         rows = []
         for finding, location_id, version_id, seq in fresh:
             tags = merged_tags(rules.tags(finding.rel_path), manual.get(location_id))

@@ -240,7 +240,8 @@ def _watch_events(loop: _Loop, stop: threading.Event, done: threading.Event) -> 
         try:
             _follow(loop, paths, stop, done)
         except (OSError, RuntimeError) as error:
-            # RuntimeError is what watchfiles makes of the system's other errors. No inotify, no watches left, or a root is missing: the periodic scan goes on alone.
+            # No inotify, no watches left (a RuntimeError from watchfiles), or a root is missing:
+            # the periodic scan goes on alone.
             log.debug("no file system events: %s", error)
             done.wait(HINT_RETRY_S)
 
