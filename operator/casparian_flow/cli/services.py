@@ -114,6 +114,7 @@ def scout(app: App, report_fd: int | None) -> None:
         run_scout(
             control,
             interval_s=settings.scout.interval_seconds,
+            settle_seconds=settings.scout.settle_seconds,
             stop=stop,
             on_report=_reporter(report_fd),
         )

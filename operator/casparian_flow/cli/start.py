@@ -320,12 +320,16 @@ class Run:
             self._scanned(json.loads(line))
 
     def _scanned(self, report: Row) -> None:
-        self.judge.scanned(report["root_id"], report["unsettled"], self.clock.now().mono)
-        path = one_line(str(report.get("path") or report["root_id"]))
-        if report["versions"] or report["deleted"] or report["renamed"]:
+        # A scan that failed says nothing of files still being written: there may be some.
+        self.judge.scanned(
+            int(report["root_id"]), int(report.get("unsettled", 1)), self.clock.now().mono
+        )
+        path = one_line(str(report["path"]))
+        news = {name: report.get(name, 0) for name in ("versions", "jobs", "deleted", "renamed")}
+        if any(news.values()):
             self.view.line(
-                f"scout: {path}: {report['files']} files, {report['versions']} new versions, "
-                f"{report['jobs']} jobs, {report['deleted']} deleted, {report['renamed']} renamed"
+                f"scout: {path}: {report['files']} files, {news['versions']} new versions, "
+                f"{news['jobs']} jobs, {news['deleted']} deleted, {news['renamed']} renamed"
             )
         for problem in report["problems"]:
             self._once(f"scout: {path}: {one_line(problem)}")
