@@ -315,7 +315,7 @@ def test_the_process_is_replaced_after_an_error_and_after_its_share_of_files(ben
     host = bench.host(handler(body, before=before), recycle_after=3)
     ids = [bench.again(host).rows()[0]["process"] for _ in range(4)]
     assert ids[0] == ids[1] == ids[2] != ids[3]
-    assert bench.again(host, path=bench.file("bad.txt")).failed
+    assert bench.again(host, path=bench.file("bad.txt")).failed.reason is Reason.PLUGIN_ERROR
     assert bench.again(host).rows()[0]["process"] not in ids
 
 

@@ -71,6 +71,7 @@ class GuestLog:
                     self.closed = True
                     os.close(self._pipe)
                     self._current().add(self._carry)
+                    self._carry = b""
                     return
                 self._feed(data)
 
