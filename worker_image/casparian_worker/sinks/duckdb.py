@@ -186,8 +186,8 @@ class DuckDbTarget(TargetDatabase):
         self._in_transaction = True
 
     def commit(self) -> None:
+        self._in_transaction = False  # a COMMIT that fails ends the transaction, too
         self.execute("COMMIT")
-        self._in_transaction = False
 
     def rollback(self) -> None:
         if self._in_transaction:

@@ -12,6 +12,7 @@ before the output is linked, and removed after the output is.
 """
 
 import abc
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -56,6 +57,7 @@ from casparian_worker.sinks.durable import (
 from casparian_worker.sinks.root import SLICE_FOLDER, STAGE_FOLDER, OutputRoot
 
 _MAX_NAME_BYTES: Final = 255
+_PROBE: Final = ".casparian-probe"
 _MARKER: Final = re.compile(r"(\d{1,18})\.(\d{1,18})\.(\d{1,18})-([0-9a-f]{32})")
 
 
@@ -283,19 +285,16 @@ class FileSink:
         """
         if folder in self._probed:
             return
-        name = f"probe.{os.getpid()}.{id(self):x}"
-        source = os.path.join(self._root.stage_folder, name)
-        target = os.path.join(folder, f".casparian-{name}")
+        source = os.path.join(self._root.stage_folder, _PROBE)
+        target = os.path.join(folder, _PROBE)
         try:
             os.close(os.open(source, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-            os.link(source, target)
-            unlink_if_present(target)
-        except FileExistsError:
-            pass  # left by an earlier process of the same number: it could be linked then
+            with contextlib.suppress(FileExistsError):  # another worker probes right now
+                os.link(source, target)
+            if folder != self._root.stage_folder:
+                unlink_if_present(target)
         except OSError as error:
-            raise sink_error(error, "link files into", target) from error
-        finally:
-            unlink_if_present(source)
+            raise sink_error(error, "link files into", folder) from error
         self._probed.add(folder)
 
 

@@ -2,6 +2,7 @@
 
     BEGIN
     INSERT the fence row (primary key: output_key)      a second publisher fails here
+    make the table, or add the columns it lacks
     for replace: DELETE the slice's earlier rows
     INSERT the staged rows
     COMMIT
@@ -178,9 +179,12 @@ class Publication:
                     hint="Restore it from a backup, or give the output up with "
                     "`casparian job resolve --abandon` and run the job again.",
                 )
-            removed = self._make_room(table)
+            replaces = self._check_slice(table)
+            # The table changes before its rows do: DuckDB cannot alter what it has written to.
+            columns = db.evolve(table, db.staged_columns()) if self._entry.rows else ()
+            removed = self._remove_slice(table) if replaces else 0
             if self._entry.rows:
-                self._insert(table)
+                self._insert(table, columns)
             db.commit()
         except DuplicateFenceError:
             db.rollback()
@@ -224,20 +228,19 @@ class Publication:
             "`casparian job resolve --abandon`.",
         )
 
-    def _make_room(self, table: str) -> int:
-        """What the mode asks for before the rows go in; returns how many rows were removed."""
+    def _check_slice(self, table: str) -> bool:
+        """Ask what the mode asks; True if earlier rows of the slice have to go."""
         if self._entry.mode is SinkMode.APPEND:
-            return 0
+            return False
         others = slice_outputs(self._db, self._fence, self._entry)
         if self._entry.mode is SinkMode.ERROR:
             refuse_present(others, table)
-            return 0
+            return False
         if any(order > self._entry.order_no for order, _ in others):
             raise SinkConflictError(f"{table!r} already holds a newer version of these rows")
-        if not others:
-            return 0
-        refuse_shared(self._db, self._fence, self._entry, self._target)
-        return self._remove_slice(table)
+        if others:
+            refuse_shared(self._db, self._fence, self._entry, self._target)
+        return bool(others)
 
     def _remove_slice(self, table: str) -> int:
         db, m = self._db, self._db.marker
@@ -258,9 +261,8 @@ class Publication:
         )
         return removed
 
-    def _insert(self, table: str) -> None:
+    def _insert(self, table: str, columns: Sequence[StagedColumn]) -> None:
         db = self._db
-        columns = db.evolve(table, db.staged_columns())
         names = ", ".join(db.quote(column.name) for column in columns)
         sources = ", ".join(column.source for column in columns)
         db.execute(
