@@ -28,7 +28,9 @@ CONNECT_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
 }
 """All connections of one process to one file must give the same; the rest is SET afterwards."""
 
-_WAL_OFFSET = re.compile(r"(?:at|offset|position)\s+(\d+)")
+_CORRUPT_AT = re.compile(r"Corrupt WAL file: entry at byte position (\d+)")
+_ENTRY_HEADER_BYTES: Final = 16
+"""Size and checksum, eight bytes each."""
 
 
 def connect(path: Path, *, create: bool) -> duckdb.DuckDBPyConnection:
@@ -48,15 +50,13 @@ def connect(path: Path, *, create: bool) -> duckdb.DuckDBPyConnection:
     try:
         return duckdb.connect(str(path), config=dict(CONNECT_CONFIG))
     except duckdb.Error as error:
-        if "WAL" in str(error) and mend_wal(path, str(error)):
-            return _connect_again(path)
-        raise open_error(path, error) from error
-
-
-def _connect_again(path: Path) -> duckdb.DuckDBPyConnection:
+        copy = mend_wal(path, str(error))
+        if copy is None:
+            raise open_error(path, error) from error
     try:
         return duckdb.connect(str(path), config=dict(CONNECT_CONFIG))
     except duckdb.Error as error:
+        os.replace(copy, wal_path(path))
         raise open_error(path, error) from error
 
 
@@ -64,38 +64,40 @@ def wal_path(path: Path) -> Path:
     return path.with_name(path.name + ".wal")
 
 
-def mend_wal(path: Path, message: str) -> bool:
+def mend_wal(path: Path, message: str) -> Path | None:
     """Cut a zero-filled tail off the write-ahead log, keeping the original beside it.
 
     A file system that had allocated but not written the last blocks before power was lost
-    leaves zeros there. Nothing in them was ever acknowledged. Anything but zeros is left alone.
+    leaves zeros there. Nothing in them was ever acknowledged. The cut is made where DuckDB stops
+    to understand the log, and only if nothing but zeros follows; the high-water mark then shows
+    whether anything acknowledged is missing.
 
     Args:
         message: DuckDB's error.
 
     Returns:
-        Whether something was cut.
+        The copy of the log as it was, None if nothing was cut.
     """
     wal = wal_path(path)
-    if not wal.is_file():
-        return False
-    data_end = _end_of_data(wal)
+    found = _CORRUPT_AT.search(message)
+    if found is None or not wal.is_file():
+        return None
+    # DuckDB reports the position behind the header of the entry that it cannot read.
+    cut = int(found[1]) - _ENTRY_HEADER_BYTES
     size = wal.stat().st_size
-    if data_end == size:
-        return False
+    if not _end_of_data(wal) <= cut < size:
+        return None
     copy = wal.with_name(f"{wal.name}.damaged-{size}")
     shutil.copy2(wal, copy)
-    reported = [int(n) for n in _WAL_OFFSET.findall(message) if data_end <= int(n) <= size]
-    cut = min(reported, default=data_end)
     os.truncate(wal, cut)
     log.warning(
         "the write-ahead log of %s ended in %d zero bytes; kept a copy as %s and cut it at %d",
         path,
-        size - data_end,
+        size - cut,
         copy.name,
         cut,
     )
-    return True
+    return copy
 
 
 def _end_of_data(wal: Path, block: int = 1 << 20) -> int:
