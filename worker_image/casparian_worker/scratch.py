@@ -83,9 +83,13 @@ class Scratch:
         os.rename(os.path.join(self.folder, "lock.new"), os.path.join(self.folder, "lock"))
         self._uid_base = uid_base if os.geteuid() == 0 else 0
         self._users: dict[int, tuple[int, int]] = {}
+        self._slots: dict[int, SlotScratch] = {}
 
     def slot(self, number: int) -> SlotScratch:
         """The folders of a slot, made when first asked for."""
+        known = self._slots.get(number)
+        if known is not None:
+            return known
         uid = self._user(number)
         base = os.path.join(self.folder, f"slot-{number}")
         slot = SlotScratch(os.path.join(base, "input"), os.path.join(base, "tmp"), uid)
@@ -93,6 +97,7 @@ class Scratch:
         for folder in (base, slot.input):
             slot.show(folder, 0o750)
         slot._make_tmp()  # noqa: SLF001 - one class in two parts
+        self._slots[number] = slot
         return slot
 
     def close(self) -> None:

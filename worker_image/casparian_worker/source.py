@@ -6,7 +6,6 @@ the copy under the same base name. Larger ones are hashed, used in place, and co
 by `verify`; what remains is a file changed and restored within the same clock tick.
 """
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -64,10 +63,12 @@ class Source:
     def close(self) -> None:
         """Remove the copy."""
         if self._folder:
-            # Cheaper than a walk, and enough: the plugin cannot write here.
-            with contextlib.suppress(OSError):
+            try:
+                # Cheaper than a walk, and enough: the plugin cannot write here.
                 os.unlink(self.path)
-            shutil.rmtree(self._folder, ignore_errors=True)
+                os.rmdir(self._folder)
+            except OSError:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
