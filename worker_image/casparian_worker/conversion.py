@@ -21,6 +21,7 @@ TYPE_MISMATCH: Final = "type_mismatch"
 FORMAT_MISMATCH: Final = "format_mismatch"
 
 _MICROSECOND: Final = "us"
+_INTEGER_DIGITS: Final = 20
 _HALVE_ABOVE: Final = 16
 """Shorter runs are tried value by value: where one value is at fault, its neighbours often are."""
 _EPOCH_DAY: Final = "1970-01-01 "
@@ -105,6 +106,9 @@ def convert(array: ArrowArray, column: Column) -> Conversion | None:
         return None
     if column.type.kind == "date":
         return _salvaged(array, _to_date, TYPE_MISMATCH)
+    if column.type.kind == "decimal" and pt.is_integer(array.type):
+        # Arrow wants room for every integer there could be, not only for those that are there.
+        array = _cast(array, pa.decimal256(_INTEGER_DIGITS + column.type.scale, column.type.scale))
     return _salvaged(array, lambda piece: _cast(piece, target), TYPE_MISMATCH)
 
 
