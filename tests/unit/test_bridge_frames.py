@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -108,9 +109,12 @@ def test_a_partial_frame_is_known_as_such(pair: tuple[socket.socket, socket.sock
     assert not reader.fill()
 
 
-PLAIN = pa.record_batch(
-    {"a": pa.array([1, 2]), "s": pa.array(["x", None]), "l": pa.array([[1], []])}
-)
+_COLUMNS: dict[str, Any] = {
+    "a": pa.array([1, 2]),
+    "s": pa.array(["x", None]),
+    "l": pa.array([[1], []]),
+}
+PLAIN = pa.record_batch(_COLUMNS)
 
 
 def test_a_plain_batch_comes_back_equal() -> None:
@@ -128,7 +132,7 @@ def compressed() -> bytes:
 
 def test_bytes_that_stand_for_more_than_they_hold_are_refused() -> None:
     dictionary = pa.record_batch({"d": pa.array(["x"]).dictionary_encode()})
-    ends = pa.RunEndEncodedArray.from_arrays(pa.array([60_000], pa.int32()), pa.array(["x"]))
+    ends: Any = pa.RunEndEncodedArray.from_arrays(pa.array([60_000], pa.int32()), pa.array(["x"]))
     run_ends = pa.record_batch({"r": ends})
     nulls = pa.record_batch([pa.nulls(1 << 24)], names=["n"])
     for what, raw in (

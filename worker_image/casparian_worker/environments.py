@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -77,13 +78,15 @@ def base_python() -> str:
 def own_environment() -> Environment:
     """The worker's environment, for plugins without a lockfile."""
     paths = sysconfig.get_paths()
-    site = tuple(dict.fromkeys((paths["purelib"], paths["platlib"])))
-    return Environment(base_python(), site, sys.prefix, _code(sys.prefix, site))
+    # Distributions patch these: what sysconfig names need not be where packages are.
+    named = dict.fromkeys((paths["purelib"], paths["platlib"], *site.getsitepackages()))
+    folders = tuple(folder for folder in named if os.path.isdir(folder))
+    return Environment(base_python(), folders, sys.prefix, _code(sys.prefix, folders))
 
 
-def _code(prefix: str, site: tuple[str, ...]) -> tuple[str, ...]:
+def _code(prefix: str, folders: tuple[str, ...]) -> tuple[str, ...]:
     base = os.path.realpath(sys.base_prefix)
-    return tuple(dict.fromkeys((base, os.path.realpath(prefix), *map(os.path.realpath, site))))
+    return tuple(dict.fromkeys((base, os.path.realpath(prefix), *map(os.path.realpath, folders))))
 
 
 class EnvironmentCache:
@@ -142,8 +145,8 @@ class EnvironmentCache:
         except OSError as error:
             raise _refusal(f"the environment cannot be kept: {error}", transient=True) from error
         venv = os.path.realpath(final / "venv")
-        site = tuple(str(path) for path in sorted(Path(venv, "lib").glob("python*/site-packages")))
-        return Environment(base_python(), site, venv, _code(venv, site))
+        folders = tuple(map(str, sorted(Path(venv, "lib").glob("python*/site-packages"))))
+        return Environment(base_python(), folders, venv, _code(venv, folders))
 
     def close(self) -> None:
         """Let go of every environment handed out."""
