@@ -39,7 +39,8 @@ NAMES = (
 )
 JOBS = len(NAMES) + 1
 """stocks.csv goes to two plugins."""
-NEW_ROWS = "AAPL,Apr 1 2010,235.97\nAAPL,May 1 2010,unknown\n"
+NEW_ROWS = "\nAAPL,Apr 1 2010,235.97\nAAPL,May 1 2010,unknown\n"
+"""The file does not end with a line end."""
 PATIENCE_S = 90.0
 
 CONFIG = """\
@@ -159,6 +160,8 @@ def wait_for_jobs(number: int) -> None:
                 counts = control.status()["jobs"]
             except SentinelUnreachableError:
                 counts = {}
+            if counts.get("FAILED"):
+                sys.exit(f"a job failed; see 'cd {DEMO}; casparian dead-letters'")
             if sum(counts.values()) >= number and active(counts) == 0:
                 return
             time.sleep(0.3)

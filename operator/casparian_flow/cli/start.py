@@ -196,8 +196,9 @@ class Run:
             if not self.signals:
                 self._start_rest(supervisor, write_end)
             code = self._watch(supervisor, watcher, exit_when_idle, timeout_s)
-            watcher.stop()
             self._drain(supervisor)
+            watcher.stop()
+            self._last = watcher.view or self._last
         except BaseException:
             supervisor.kill()
             raise

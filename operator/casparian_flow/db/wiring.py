@@ -340,6 +340,18 @@ def _replace_topic(
             "VALUES ($1, $2, $3, $4, 'append', $5, 'auto')",
             [ledger.next_id(_TOPIC), plugin, name, uris, contract or None],
         )
+        _set_quarantine(connection, plugin, name, contract)
+
+
+def _set_quarantine(connection: Connection, plugin: str, topic: str, contract: str) -> None:
+    """Take over the quarantine policy that a contract carries, if it does."""
+    policy = parse_contract(contract).quarantine if contract else None
+    if policy is not None:
+        connection.execute(
+            f"UPDATE {_TOPIC} SET quarantine_allow = $3, quarantine_max_pct = $4, "
+            "quarantine_max_count = $5 WHERE plugin_name = $1 AND topic_name = $2",
+            [plugin, topic, policy.allow, policy.max_pct, policy.max_count],
+        )
 
 
 def _add_subscription(ledger: Ledger, connection: Connection, plugin: str, name: str) -> None:
@@ -444,6 +456,7 @@ def set_topic(
             """,
             [ledger.next_id(_TOPIC), plugin, topic, uris, chosen.value, schema_json or None],
         )
+        _set_quarantine(connection, plugin, topic, schema_json)
 
 
 def add_rule(ledger: Ledger, pattern: str, tag: str, *, priority: int = 50) -> int:
