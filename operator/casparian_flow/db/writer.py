@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.errors import (
-    InvalidTransitionError,
     InvariantError,
     LedgerError,
     LedgerUnavailableError,
@@ -175,7 +174,7 @@ class LedgerThread:
                 outcomes = self.ledger.commit([item for b in batches for item in b.items])
             except LedgerError as failure:
                 error = failure
-            except (InvalidTransitionError, InvariantError) as bug:
+            except Exception as bug:  # a bug may cost a batch, never the thread
                 log.exception("a batch broke a rule of the ledger; nothing of it was written")
                 error = LedgerUnavailableError(f"a batch was refused: {bug}")
                 error.__cause__ = bug
@@ -193,7 +192,7 @@ class LedgerThread:
     def _rest(self) -> None:
         try:
             self.ledger.idle()
-        except (LedgerError, InvalidTransitionError):
+        except Exception:  # a bug may cost a fold, never the thread
             # The next commit or read meets the same trouble and reports it to those who ask.
             log.exception("the ledger could not be folded")
 
