@@ -48,6 +48,7 @@ LONG = frozenset(
 START_WAIT_S = 10.0
 """How long a Sentinel may hold the ledger before it answers on its socket."""
 START_POLL_S = 0.1
+LAST_WORDS_MS = 100
 _UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _DOWN = (
     zmq.EVENT_DISCONNECTED
@@ -112,7 +113,8 @@ class _Channel:
             SentinelUnreachableError: the connection ended or the time is over.
         """
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        if self.socket in ready:
+        # A Sentinel that answers and then stops: the answer may show just after the end does.
+        if self.socket in ready or (ready and self.socket.poll(LAST_WORDS_MS)):
             return self.socket.recv_multipart()
         unknown = "Whether it was carried out is not known: look with `casparian status`."
         if ready:

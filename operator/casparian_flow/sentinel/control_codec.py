@@ -165,7 +165,9 @@ def encode_result(number: int, operation: Operation, result: object) -> list[byt
 
 
 def encode_error(number: int, error: CasparianError) -> list[bytes]:
-    body = ErrorBody(type(error).__name__, str(error), error.hint, error.exit_code)
+    # A class of somebody else's module travels as its nearest ancestor that every client knows.
+    kind = next(k.__name__ for k in type(error).__mro__ if k.__name__ in ERROR_CLASSES)
+    body = ErrorBody(kind, str(error), error.hint, error.exit_code)
     return [_encode(Reply(number, ok=False, error=body))]
 
 

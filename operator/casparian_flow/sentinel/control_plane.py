@@ -90,7 +90,6 @@ class ControlPlane:
         self._bind_address = bind_address
         self._stop = stop
         self._started_us = clock.now().wall_us
-        self._ledger_id, self._epoch = "", 0
 
     def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: object) -> object:
         """One operation by name, for the control socket; writes are logged with their caller."""
@@ -140,14 +139,13 @@ class ControlPlane:
     # -- liveness and overview ----------------------------------------------------------------
 
     def ping(self) -> Row:
-        if not self._ledger_id:
-            self._ledger_id, self._epoch = self._look(
-                lambda core: (core.broker.ledger_id, core.broker.epoch)
-            )
+        # Plain attributes, read from this thread on purpose: a ping waits for nobody.
+        broker = self._loop.core.broker
+        ledger_id = broker.ledger_id or self._write(lambda ledger: ledger.ledger_id)
         return {
             "pid": os.getpid(),
-            "ledger_id": self._ledger_id,
-            "epoch": self._epoch,
+            "ledger_id": ledger_id,
+            "epoch": broker.epoch,
             "version": __version__,
             "started_at": iso(self._started_us),
             "db_location": self._database,

@@ -45,6 +45,7 @@ PENDING_MAX = 256
 RECEIVE_MAX = 64
 """Requests read before finished ones are answered."""
 THREADS = 4
+LAST_ANSWERS_S = 0.05
 IPC = "ipc://"
 
 
@@ -136,6 +137,8 @@ class ControlServer:
                 self._receive()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._answer()
+            # Closing at once loses the last answers now and then, linger or not.
+            threading.Event().wait(LAST_ANSWERS_S)
         finally:
             self._socket.close()
 
