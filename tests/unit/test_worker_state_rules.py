@@ -344,6 +344,17 @@ def test_a_job_waiting_behind_a_long_one_is_given_back_after_a_second() -> None:
     assert rig.wait(0.2) == [rejected(2, Reason.BUSY)]
 
 
+def test_a_job_waiting_for_a_plugin_to_start_is_kept_for_longer() -> None:
+    rig = ready(starting_s=10.0)
+    rig.dispatch(1)
+    rig.dispatch(2)
+    for _ in range(98):
+        assert sent(rig.wait(0.1), m.Conclude) == []
+        rig.hear(m.Heartbeat("ALIVE"))
+    assert rejected(2, Reason.BUSY) in rig.wait(0.3)
+    assert rig.state.attempts[token_of(1)].phase is Phase.STARTED
+
+
 def test_giving_back_pauses_ever_longer_while_nothing_moves() -> None:
     rig = running(1)
     attempt = 0

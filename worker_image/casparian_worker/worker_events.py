@@ -23,6 +23,8 @@ class WorkerConfig:
             next one between two short jobs.
         resend_s: how often unanswered requests are repeated.
         give_back_s: how long a job may wait behind the same long jobs before it is given back.
+        starting_s: how long it may wait while a plugin's process is started, or its environment
+            made.
         give_back_s_max: the pause between give-backs doubles up to this while nothing moves.
         drain_s: how long running jobs may take to end once a drain was asked for.
         drain_grace_s: how long the goodbye may take after that.
@@ -44,6 +46,7 @@ class WorkerConfig:
     sandbox: dict[str, str] = field(default_factory=dict)
     resend_s: float = 1.0
     give_back_s: float = 1.0
+    starting_s: float = 10.0
     give_back_s_max: float = 60.0
     drain_s: float = 30.0
     drain_grace_s: float = 5.0

@@ -179,6 +179,8 @@ class WorkerState:
         self._identify_due = 0.0
         self._heartbeat_due = 0.0
         self._listing_due: float | None = None
+        self._moved = 0.0
+        """When a slot last changed hands, or idle ones were given work."""
         self._give_back_due = 0.0
         self._give_back_pause = config.give_back_s
         self._drain_due: float | None = None
@@ -338,6 +340,8 @@ class WorkerState:
             self._reject(attempt, reason, mono)
 
     def _queue_attempt(self, attempt: Attempt) -> None:
+        if not self._handed:
+            self._slot_moved(attempt.since)
         dispatch = attempt.dispatch
         require(dispatch is not None, "only dispatched attempts are queued")
         assert dispatch is not None
@@ -440,6 +444,7 @@ class WorkerState:
         self._conclude(attempt, m.Conclude(token, CompletionStatus.REJECTED, reason), mono)
 
     def _slot_moved(self, mono: float) -> None:
+        self._moved = mono
         self._give_back_pause = self.config.give_back_s
         self._give_back_due = mono + self._give_back_pause
 
@@ -662,23 +667,23 @@ class WorkerState:
         """Let other workers have what waits here behind jobs that take long."""
         if mono < self._give_back_due:
             return
-        held_slots = list(self._handed)[: self.config.slots]
-        if len(held_slots) < self.config.slots:
+        handed = [self.attempts[token] for token in self._handed]
+        holders, ahead = handed[: self.config.slots], handed[self.config.slots :]
+        if len(holders) < self.config.slots:
+            return
+        starting = any(attempt.phase is Phase.STARTED for attempt in holders)
+        if starting and mono < self._moved + self.config.starting_s:
             return
         waited = mono - self.config.give_back_s
         stuck = [t for t in self._queue if self.attempts[t].since <= waited]
-        ahead = [
-            t
-            for t in list(self._handed)[self.config.slots :]
-            if self.attempts[t].phase is Phase.STARTED and self.attempts[t].since <= waited
-        ]
+        ahead = [a for a in ahead if a.phase is Phase.STARTED and a.since <= waited]
         if not stuck and not ahead:
             return
         # With no other worker they come straight back: pause ever longer while nothing moves.
         self._give_back_pause = min(2 * self._give_back_pause, self.config.give_back_s_max)
         self._give_back_due = mono + self._give_back_pause
-        for token in ahead:
-            self._stop(self.attempts[token], Reason.BUSY)
+        for attempt in ahead:
+            self._stop(attempt, Reason.BUSY)
         for token in stuck:
             attempt = self.attempts[token]
             self._conclude(attempt, m.Conclude(token, CompletionStatus.REJECTED, Reason.BUSY), mono)
