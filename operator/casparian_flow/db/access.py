@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import duckdb
 import duckdb_engine
-from sqlalchemy import Engine, ExceptionContext, create_engine, event
+from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.pool import NullPool
 
 from casparian_flow.db import opening
@@ -58,7 +58,9 @@ def get_engine(
     location = database if isinstance(database, str | Path) else database.db_location
     path = Path(location).resolve()
     connector = _Connector(path, snapshot_provider or _ask_sentinel(path))
-    engine = create_engine("duckdb://", creator=connector.connect, poolclass=NullPool)
+    # The URL only tells which ledger it is (Scout asks); the creator makes the connections.
+    url = URL.create("duckdb", database=str(path))
+    engine = create_engine(url, creator=connector.connect, poolclass=NullPool)
     event.listen(engine, "before_cursor_execute", _complete, retval=True)
     event.listen(engine, "handle_error", _explain)
     event.listen(engine.pool, "close", connector.closed)
