@@ -32,6 +32,8 @@ def one(kind: Any, values: Any, **column: Any) -> tuple[list[Any], list[dict[str
     return good.column("c").to_pylist(), [] if bad is None else bad.to_pylist()
 
 
+LEAP_DAY = datetime.fromisoformat("2024-02-29")
+NOON = datetime.fromisoformat("2024-02-29T12:00:00")
 DECIMAL = {"kind": "decimal", "precision": 5, "scale": 2}
 STAMP = {"kind": "timestamp_tz", "tz": "UTC"}
 
@@ -46,9 +48,9 @@ STAMP = {"kind": "timestamp_tz", "tz": "UTC"}
         ("float64", ["1.5", ".5", "1e3"], [1.5, 0.5, 1000.0]),
         ("boolean", ["true", "FALSE"], [True, False]),
         ("date", ["2024-02-29"], [date(2024, 2, 29)]),
-        ("date", pa.array([datetime(2024, 2, 29)], pa.timestamp("ns")), [date(2024, 2, 29)]),
+        ("date", pa.array([LEAP_DAY], pa.timestamp("ns")), [date(2024, 2, 29)]),
         ("time", ["10:00", "10:00:01.5"], [time(10), time(10, 0, 1, 500_000)]),
-        ("timestamp", ["2024-01-02T03:04:05"], [datetime(2024, 1, 2, 3, 4, 5)]),
+        ("timestamp", ["2024-02-29T12:00:00"], [NOON]),
         (STAMP, ["2024-01-02T03:04:05+02:00"], [datetime(2024, 1, 2, 1, 4, 5, tzinfo=UTC)]),
         (
             STAMP,
@@ -81,7 +83,7 @@ def test_values_that_lose_nothing_are_converted(kind: Any, values: Any, expected
         ("float64", ["1", "1,5"], "type_mismatch"),
         ("boolean", ["true", "1"], "type_mismatch"),
         ("date", ["2024-01-01", "2023-02-29"], "format_mismatch"),
-        ("date", pa.array([datetime(2024, 1, 1), datetime(2024, 1, 1, 5)]), "type_mismatch"),
+        ("date", pa.array([LEAP_DAY, NOON]), "type_mismatch"),
         ("time", ["10:00", "25:00"], "format_mismatch"),
         ("timestamp", ["2024-01-01", "2024-01-01T00:00:00Z"], "format_mismatch"),
         (STAMP, ["2024-01-01T00:00:00Z", "2024-01-01T00:00:00"], "format_mismatch"),

@@ -382,7 +382,7 @@ def declared_type(kind: pa.DataType) -> str:
     """The type that a column of this Arrow type is declared with."""
     kind = plain_type(kind)
     if pt.is_uint64(kind):
-        return "NUMERIC"
+        return _ANY  # beyond 2**63 it is text, which NUMERIC would round to REAL
     if pt.is_integer(kind) or pt.is_boolean(kind) or pt.is_duration(kind):
         return "INTEGER"
     if pt.is_floating(kind):
@@ -443,14 +443,16 @@ def _wrapped(error: sqlite3.Error, path: str) -> SinkError:
             hint="It is tried again; end long transactions in other programs that use it.",
             transient=True,
         )
-    if code == sqlite3.SQLITE_FULL:
-        return DiskFullError(
-            f"cannot write {path}: {error} (file system mounted at {mount_point(path)})",
-            hint="Free space there, or raise the quota or file size limit; the job is retried.",
-        )
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        message = f"cannot write {path}: {error} (file system mounted at {mount_point(path)})"
+        if code == sqlite3.SQLITE_FULL:
+            hint = "Free space there, or raise the quota; the job is retried."
+            return DiskFullError(message, hint=hint)
+        hint = "Look at that disk, its quota and file size limit; the job is retried."
+        return SinkError(message, hint=hint, transient=True)
     if code == sqlite3.SQLITE_NOTADB:
         return SinkError(f"{path} is no SQLite database", hint="Give the sink URI another path.")
-    transient = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN)
+    transient = code in (sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN)
     return SinkError(f"SQLite, {path}: {error}", transient=transient)
 
 
