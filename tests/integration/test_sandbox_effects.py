@@ -177,6 +177,14 @@ def test_what_a_job_leaves_in_scratch_is_gone_for_the_next(bench: Bench) -> None
     assert [bench.again(host).rows()[0]["before"] for _ in range(2)] == [0, 0]
 
 
+def test_several_hosts_of_one_slot_do_not_disturb_each_other(bench: Bench) -> None:
+    body = "open('own', 'w').write('x')\nreturn [{'a': open('own').read()}]"
+    first, second = bench.host(handler(body)), bench.host(handler(body + "  # other"))
+    assert bench.again(first).rows() == bench.again(second).rows() == [{"a": "x"}]
+    second.stop()
+    assert bench.again(first).rows() == [{"a": "x"}]
+
+
 def test_a_file_in_place_is_readable_for_its_own_job_only(bench: Bench, tmp_path: Path) -> None:
     from plugin_runs import collect
 
@@ -265,6 +273,36 @@ for event in host.run(RunRequest("k", bench.file())):
     wait()
     os.close(pidfd)
     assert gone.is_set(), "the launcher outlived its worker"
+
+
+def test_without_namespaces_orphans_are_ended_all_the_same(tmp_path: Path) -> None:
+    inner = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import os
+from plugin_runs import *
+from casparian_worker.guest_process import descendants
+runtime = PluginRuntime(scratch_root={str(tmp_path / "s")!r}, cache_root={str(tmp_path / "c")!r})
+bench = Bench(runtime, None)
+run = bench.run(handler("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n"
+                        "    os.fork()\\n    time.sleep(60)\\nreturn [{{'a': 1}}]"))
+print(run.rows(), descendants(os.getpid()), bench.hosts[0].sandbox_report["pid_namespace"])
+runtime.close()
+"""
+    cap_sys_admin = 21
+    outer = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import os
+from casparian_worker.sandbox import libc
+if os.geteuid() == 0:
+    libc.prctl(libc.PR_CAPBSET_DROP, {cap_sys_admin})
+os.execv(sys.executable, [sys.executable, "-c", {inner!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[{'a': 1}] [] "), done.stdout
+    if os.geteuid() == 0:
+        assert "not applied: unshare: Operation not permitted" in done.stdout
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

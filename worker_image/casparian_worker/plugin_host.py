@@ -177,6 +177,7 @@ class PluginHost:
         self._wake()
         with self._pumping:
             self._retire()
+            self._scratch.remove_tmp()
             self._sent.clear()
             with self._lock:
                 self._waiting.clear()

@@ -1,5 +1,6 @@
 """One worker's plugin machinery put together: scratch, environments, guest kit, sandbox policy."""
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class PluginRuntime:
         self._clock = clock or SystemClock()
         self._progress = progress
         self._copy_limit = copy_limit
+        self._numbers = itertools.count(1)
         self._kit = install_kit(cache_root)
         self._environments = EnvironmentCache(cache_root)
         self._scratch = Scratch(scratch_root, uid_base=self.policy.uid_base)
@@ -78,9 +80,9 @@ class PluginRuntime:
     def host(self, plugin: Plugin, slot: int) -> PluginHost:
         """A host for one plugin version in one slot. Its process starts with its first job.
 
-        Two live hosts of one slot must not run at the same time: they share its folders.
+        A slot may keep several hosts warm; they share its user, so its task limit too.
         """
-        scratch = self._scratch.slot(slot)
+        scratch = self._private(slot)
 
         def launch() -> Launch:
             environment = self._environments.obtain(plugin.lockfile, self._progress)
@@ -106,7 +108,7 @@ class PluginRuntime:
             LaunchError: it cannot be started, or falls short of what the policy requires.
         """
         plugin = Plugin("probe", "probe", "0", "", _PROBE, "", "", (), "{}", "", Limits())
-        scratch = self._scratch.slot(0)
+        scratch = self._private(0)
         launch = self._launch(own_environment(), scratch, plugin.limits)
         host = PluginHost(plugin, launch=lambda: launch, scratch=scratch, clock=self._clock)
         try:
@@ -121,6 +123,9 @@ class PluginRuntime:
         """Remove the scratch folder. Hosts must have been stopped."""
         self._environments.close()
         self._scratch.close()
+
+    def _private(self, slot: int) -> SlotScratch:
+        return self._scratch.slot(slot).private(f"host-{next(self._numbers)}")
 
     def _launch(self, environment: Environment, scratch: SlotScratch, limits: Limits) -> Launch:
         confinement = sandbox.Confinement(

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _USERS = 400
@@ -47,16 +47,28 @@ class SlotScratch:
             os.chown(path, -1, self.uid)
         os.chmod(path, mode)
 
+    def private(self, name: str) -> "SlotScratch":
+        """The same with a writable folder of its own, for one of several hosts in the slot."""
+        own = replace(self, tmp=os.path.join(self.tmp, name))
+        os.makedirs(own.tmp, exist_ok=True)
+        os.chmod(own.tmp, 0o700)
+        if self.uid:
+            os.chown(own.tmp, self.uid, self.uid)
+        return own
+
     def clear_tmp(self) -> None:
         """Empty the folder the plugin writes to; called when its process is gone."""
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        self._make_tmp()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.tmp) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
 
-    def _make_tmp(self) -> None:
-        os.makedirs(self.tmp, exist_ok=True)
-        os.chmod(self.tmp, 0o700)
-        if self.uid:
-            os.chown(self.tmp, self.uid, self.uid)
+    def remove_tmp(self) -> None:
+        """Remove it when its host is stopped for good."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
 
 
 class Scratch:
@@ -93,10 +105,9 @@ class Scratch:
         uid = self._user(number)
         base = os.path.join(self.folder, f"slot-{number}")
         slot = SlotScratch(os.path.join(base, "input"), os.path.join(base, "tmp"), uid)
-        os.makedirs(slot.input, exist_ok=True)
-        for folder in (base, slot.input):
+        for folder in (base, slot.input, slot.tmp):
+            os.makedirs(folder, exist_ok=True)
             slot.show(folder, 0o750)
-        slot._make_tmp()  # noqa: SLF001 - one class in two parts
         self._slots[number] = slot
         return slot
 
