@@ -53,6 +53,8 @@ class DatabaseSettings(_Section):
 
     db_location: Path = Path("casparian_flow.duckdb")
     """The ledger's DuckDB file, made on first run. Any file name will do, `.sqlite3` included."""
+    memory_limit_mb: Annotated[int, Field(ge=64, le=1_048_576)] = 512
+    """Mebibytes that DuckDB may use for the ledger; a million jobs fit into the default."""
 
     @field_validator("db_location", mode="before")
     @classmethod
