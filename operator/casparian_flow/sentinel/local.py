@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
 from casparian_flow.db.writer import LedgerThread
 from casparian_flow.domain.clock import Clock, SystemClock, system_random
 from casparian_flow.domain.records import Limits
@@ -46,13 +46,20 @@ class LocalControl(ControlPlane):
         self._thread.start()
 
     @classmethod
-    def open(cls, database: str | Path, *, clock: Clock | None = None) -> Self:
+    def open(
+        cls,
+        database: str | Path,
+        *,
+        clock: Clock | None = None,
+        memory_limit_mb: int = MEMORY_LIMIT_MB,
+    ) -> Self:
         """Raises:
         LedgerLockedError: another process has the ledger open.
         LedgerError: it cannot be used.
         """
         clock = clock or SystemClock()
-        return cls(Ledger.open(Path(database), clock=clock), clock=clock)
+        ledger = Ledger.open(Path(database), clock=clock, memory_limit_mb=memory_limit_mb)
+        return cls(ledger, clock=clock)
 
     def _turn(self) -> None:
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
 from casparian_flow.db.writer import LedgerThread
 from casparian_flow.domain.clock import Clock, SystemClock, system_random
 from casparian_flow.domain.errors import ConfigError, LedgerUnavailableError
@@ -70,6 +70,7 @@ class SentinelConfig:
         max_retries, retry_base_s: delays of base, base², … seconds, each ± 20 %.
         breaker_failures: jobs failing in a row that pause a plugin.
         drain_s: how long `stop` waits for running jobs; what is left goes on after a restart.
+        memory_limit_mb: mebibytes DuckDB may use for the ledger.
         limits: what one plugin run may use.
         wire_deploy: whether DEPLOY and RELOAD are taken from the workers' socket; None = only
             while it is bound to this machine alone.
@@ -86,6 +87,7 @@ class SentinelConfig:
     retry_base_s: float = 4.0
     breaker_failures: int = 5
     drain_s: float = 5.0
+    memory_limit_mb: int = MEMORY_LIMIT_MB
     limits: Limits = field(default_factory=Limits)
     wire_deploy: bool | None = None
 
@@ -191,7 +193,11 @@ class Sentinel:
         if str(self.config.database) == IN_MEMORY:
             ledger = Ledger.in_memory(clock=self._clock)
         else:
-            ledger = Ledger.open(Path(self.config.database), clock=self._clock)
+            ledger = Ledger.open(
+                Path(self.config.database),
+                clock=self._clock,
+                memory_limit_mb=self.config.memory_limit_mb,
+            )
         ledger.limits = self.config.limits
         return ledger
 
