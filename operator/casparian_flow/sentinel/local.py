@@ -4,9 +4,11 @@ A thread turns the core, as the Sentinel's loop does, only that no worker is the
 """
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
 from casparian_flow.db.writer import LedgerThread
@@ -15,10 +17,12 @@ from casparian_flow.domain.records import Limits
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
 from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.sentinel.core import SentinelCore
+from casparian_flow.sentinel.events import Event
 from casparian_flow.sentinel.loop import CoreLoop
 
 TURN_S = 0.5
 """Between turns that nothing asked for."""
+START_POLL_S = 0.005
 
 
 class LocalControl(ControlPlane):
@@ -71,6 +75,20 @@ class LocalControl(ControlPlane):
         finally:
             # Also after a bug in a turn: nobody may wait for an answer that cannot come.
             self._loop.close()
+
+    def _command(self, make: Callable[[Future[dict[str, Any]]], Event]) -> dict[str, Any]:
+        self._await_broker()
+        return super()._command(make)
+
+    def _await_broker(self) -> None:
+        """A broker that is still being restored from the ledger knows no job yet."""
+        while True:
+            ready, problem = self._look(lambda core: (core.ready, core.problem))
+            if ready:
+                return
+            if problem is not None:
+                raise problem
+            threading.Event().wait(START_POLL_S)
 
     def close(self) -> None:
         """Let what was asked for become durable, then close the ledger; harmless when repeated."""
