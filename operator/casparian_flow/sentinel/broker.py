@@ -20,11 +20,10 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from casparian_flow.domain.clock import Now
-from casparian_flow.domain.errors import CasparianError, require
+from casparian_flow.domain.errors import require
 from casparian_flow.domain.failures import RULES, Reason
 from casparian_flow.domain.ids import Identity, JobId, fencing_token, parse_token
 from casparian_flow.domain.jobs import (
@@ -36,13 +35,7 @@ from casparian_flow.domain.jobs import (
     check_transition,
 )
 from casparian_flow.domain.outputs import (
-    OutputEntry,
-    SinkMode,
     metrics_of,
-    output_key,
-    parse_sink_uri,
-    sink_id,
-    slice_key,
 )
 from casparian_flow.domain.records import (
     GrantOutcome,
@@ -56,11 +49,10 @@ from casparian_flow.domain.records import (
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel import events as e
+from casparian_flow.sentinel.leases import Lease, Observation, Worker
+from casparian_flow.sentinel.manifest_check import OUTPUTS_MAX, manifest_problem
 from casparian_flow.sentinel.ready_queue import ReadyQueue
 
-ANY_PLUGIN = "*"
-OUTPUTS_MAX = 1000
-"""Outputs one job may stage."""
 MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
 OBSERVATIONS_MAX = 10_000
@@ -115,74 +107,6 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         require(self.lease_ttl_s > 2 * self.heartbeat_s, "a lease must outlive two heartbeats")
         require(self.lost_dispatch_s > 2 * self.heartbeat_s, "a dispatch must outlive two beats")
-
-
-@dataclass(slots=True)
-class Worker:
-    """One connected worker process."""
-
-    identity: Identity
-    worker_id: str
-    nonce: str
-    capabilities: frozenset[str]
-    root_id: str
-    slots: int
-    credit: int
-    window: float
-    """Jobs it may hold now; grows with its speed up to `credit`."""
-    since_us: int
-    last_seen: float
-    hostname: str = ""
-    pid: int = 0
-    version: str = ""
-    status: str = "IDLE"
-    batch: bool = False
-    draining: bool = False
-    blocked_until: float = 0.0
-    held: set[JobId] = field(default_factory=set)
-    specs: set[str] = field(default_factory=set)
-    """Plugin specs it has been sent."""
-    sandbox: dict[str, str] = field(default_factory=dict)
-    done: int = 0
-
-    def free(self, now_mono: float) -> int:
-        if self.draining or now_mono < self.blocked_until:
-            return 0
-        return int(self.window) - len(self.held)
-
-    def runs(self, plugin: str) -> bool:
-        return ANY_PLUGIN in self.capabilities or plugin in self.capabilities
-
-
-@dataclass(slots=True)
-class Lease:
-    """Who works on a job, and until when that is believed without news."""
-
-    owner: Identity | None
-    """None: a granted job that nobody publishes at the moment."""
-    expires: float
-    since: float
-    spec: PluginSpec | None
-    granting: tuple[OutputEntry, ...] | None = None
-    """The manifest while the ledger decides about the grant."""
-    cancels: list[e.Cancel] = field(default_factory=list)
-    """Cancel requests that wait for that decision."""
-    stuck: str = ""
-    """Why a granted job cannot be published; an operator decides (`job resolve`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """One finished attempt, for the metrics."""
-
-    plugin: str
-    outcome: str
-    seconds: float
-
-
-@lru_cache(maxsize=4096)
-def _sink_identity(uri: str, root_id: str, mode: SinkMode) -> str:
-    return sink_id(parse_sink_uri(uri), root_id, mode)
 
 
 class Broker:
@@ -318,7 +242,7 @@ class Broker:
             capable = [w for w in available.values() if w.runs(lane.plugin)]
             if not capable:
                 return False
-            chosen[:] = [min(capable, key=lambda w: len(w.held) / w.slots)]
+            chosen[:] = [min(capable, key=lambda w: w.load)]
             return True
 
         for job_id in self.queue.best_first(offer):
@@ -420,7 +344,7 @@ class Broker:
     def _publisher(self, job: Job, now: Now) -> Worker | None:
         roots = {entry.root_id for entry in job.manifest if not entry.uri.startswith("mssql:")}
         able = [w for w in self.workers.values() if not w.draining and roots <= {w.root_id}]
-        return min(able, key=lambda w: len(w.held) / w.slots) if able else None
+        return min(able, key=lambda w: w.load) if able else None
 
     # -- messages of workers ----------------------------------------------------------------
 
@@ -562,7 +486,7 @@ class Broker:
             return
         if lease.granting is not None:
             return
-        problem = self._manifest_problem(job, lease, message.entries)
+        problem = manifest_problem(self.ledger_id, job, lease.spec, message.entries)
         if problem:
             self.counters["protocol_errors"] += 1
             self._send(identity, job.job_id, m.Refuse(message.token, Reason.PROTOCOL, problem))
@@ -574,43 +498,6 @@ class Broker:
             job.job_id, JournalKind.GRANTED, job.attempt, now.wall_us, manifest=message.entries
         )
         self._out.append(e.Commit(item))
-
-    def _manifest_problem(self, job: Job, lease: Lease, entries: Sequence[OutputEntry]) -> str:
-        """Why a manifest cannot be what this job was asked for; "" if it can."""
-        if not 1 <= len(entries) <= OUTPUTS_MAX:
-            return f"{len(entries)} outputs; want 1 to {OUTPUTS_MAX}"
-        if [entry.n for entry in entries] != list(range(len(entries))):
-            return "outputs are not numbered 0, 1, 2 …"
-        if len({entry.output_key for entry in entries}) != len(entries):
-            return "two outputs have one key"
-        spec = lease.spec
-        order = (job.version_seq, int(job.manifest_id), job.generation)
-        for entry in entries:
-            if tuple(entry.order_no) != order:
-                return f"output {entry.n}: order {entry.order_no}, want {order}"
-            try:
-                sink = _sink_identity(entry.uri, entry.root_id, entry.mode)
-            except CasparianError as error:
-                return f"output {entry.n}: {error}"
-            if spec is None:
-                # Leased before a restart from a version superseded since; its token vouches.
-                continue
-            key = output_key(
-                self.ledger_id,
-                job.version_id,
-                spec.artifact_hash,
-                spec.parameters_hash,
-                entry.topic,
-                sink,
-                job.generation,
-            )
-            if entry.output_key != key:
-                return f"output {entry.n}: its key is not the one of this job, topic and sink"
-            if entry.slice_key != slice_key(
-                self.ledger_id, job.location_id, job.plugin, entry.topic, sink
-            ):
-                return f"output {entry.n}: its slice is not the one of this file and topic"
-        return ""
 
     def _grant_result(self, event: e.GrantResult, now: Now) -> None:
         outcome: GrantOutcome = event.outcome
@@ -822,10 +709,7 @@ class Broker:
         if worker is None:
             return
         worker.done += 1
-        if turnaround < self.config.turnaround_s:
-            worker.window = min(worker.window + 1.0, float(worker.credit))
-        elif turnaround > 2 * self.config.turnaround_s:
-            worker.window = max(worker.window * 0.75, float(worker.slots))
+        worker.adapt(turnaround, self.config.turnaround_s)
 
     # -- commands ---------------------------------------------------------------------------
 
