@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from casparian_flow.domain.errors import UsageError
@@ -89,6 +90,7 @@ class SinkAddress:
         return f"{self.scheme}://{quote(self.path)}{query}"
 
 
+@lru_cache(maxsize=1024)
 def parse_sink_uri(uri: str) -> SinkAddress:
     """Read a sink URI as a user writes it.
 
@@ -289,12 +291,11 @@ class OutputEntry:
 
 
 def _digest(*parts: str) -> str:
-    framed = hashlib.sha256()
+    framed: list[bytes] = []
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
-        framed.update(len(raw).to_bytes(8, "big"))
-        framed.update(raw)
-    return framed.hexdigest()
+        framed += (len(raw).to_bytes(8, "big"), raw)
+    return hashlib.sha256(b"".join(framed)).hexdigest()
 
 
 def sink_id(address: SinkAddress, root_id: str, mode: SinkMode) -> str:
