@@ -49,8 +49,11 @@ _STAGE_PREFIX: Final = "_cf_stage_"
 _DESCRIBED: Final = "_columns"
 _DEFAULT_SCHEMA: Final = "dbo"
 _DUPLICATE_KEY: Final = frozenset({2627, 2601})
-_TRANSIENT: Final = frozenset({1205, 1222, 40197, 40501, 40613, 49918, 10928, 10929, -2})
-"""Deadlock victim, lock timeout, and Azure SQL's "try again later" numbers."""
+_TRANSIENT: Final = frozenset(
+    {1205, 1222, 2705, 2714, 10928, 10929, 40197, 40501, 40613, 49918, 49919, 49920}
+)
+"""Deadlock victim, lock timeout; a table or column that another publisher made meanwhile; and
+Azure SQL's "try again later" numbers."""
 _FULL: Final = frozenset({1101, 1105, 9002})
 """No room in a filegroup or in the log."""
 
@@ -59,6 +62,7 @@ _FLOAT: Final = "float"
 _BIT: Final = "bit"
 _TEXT: Final = "nvarchar(max)"
 _BYTES: Final = "varbinary(max)"
+_JOB_ID: Final = "nvarchar(64)"
 _PAD_TEXT: Final = "="
 _PAD_BYTES: Final = b"="
 _FENCE_TYPES: Final = {
@@ -179,12 +183,17 @@ class MssqlStageWriter(RowWriter):
         self._bytes = 0
 
     def abort(self) -> None:
-        target, self._target = self._target, None
-        if target is not None:
+        if self._target is not None:
+            self._target.close()
+            self._target = None
+        if self._names:
+            # On a connection of its own: the other one may be what failed.
+            target = MssqlTarget(self._env)
             try:
                 target.drop(self._stage)
             finally:
                 target.close()
+            self._names = []
 
     def _where(self) -> str:
         return self._server
@@ -196,12 +205,12 @@ class MssqlStageWriter(RowWriter):
         self._types = [staged_type(field.type) for field in schema]
         self._target.drop(self._stage)  # of this very attempt: nobody else has its token
         columns = ", ".join(f"c{i} {kind} NULL" for i, kind in enumerate(self._types))
-        self._target.execute(f"CREATE TABLE {self._target.quote(self._stage)} ({columns})")
+        self._target.execute(f"CREATE TABLE {self._target.quote_table(self._stage)} ({columns})")
 
     def _widen(self, schema: pa.Schema) -> None:
         check_columns(schema, self._address, longest=_LONGEST_NAME)
         assert self._target is not None
-        stage = self._target.quote(self._stage)
+        stage = self._target.quote_table(self._stage)
         for field in schema:
             kind = staged_type(field.type)
             if field.name not in self._names:
@@ -216,7 +225,7 @@ class MssqlStageWriter(RowWriter):
     def _change_type(self, position: int, kind: str) -> None:
         """Rows so far have other values in this column, or none."""
         assert self._target is not None
-        stage, column = self._target.quote(self._stage), f"c{position}"
+        stage, column = self._target.quote_table(self._stage), f"c{position}"
         self._target.execute(f"ALTER TABLE {stage} ALTER COLUMN {column} {kind} NULL")
         if kind == _TEXT:
             self._target.execute(
@@ -241,7 +250,7 @@ class MssqlStageWriter(RowWriter):
         target.describe(
             self._stage,
             [
-                StagedColumn(field.name, target_type(field.type), "")
+                StagedColumn(field.name, target_type(field.name, field.type), "")
                 for field in sorted(
                     self._tracker.schema, key=lambda field: self._names.index(field.name)
                 )
@@ -252,7 +261,7 @@ class MssqlStageWriter(RowWriter):
 
     def finish(self) -> OutputEntry:
         entry = super().finish()
-        target = self._target or MssqlTarget(self._env)
+        target, self._target = self._target or MssqlTarget(self._env), None
         try:
             check_target(target, entry, self._table)
             if entry.rows and target.attach(self._stage):
@@ -263,7 +272,6 @@ class MssqlStageWriter(RowWriter):
             raise refusal_of(error) from error
         finally:
             target.close()
-        self._target = None
         return entry
 
 
@@ -309,15 +317,14 @@ class MssqlTarget(TargetDatabase):
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         library = _library()
-        # Identifiers are quoted for use with parameters, where pymssql wants % doubled.
-        text = sql if parameters else sql.replace("%%", "%")
         try:
             with self._db.cursor() as cursor:
-                cursor.execute(text, tuple(parameters) or None)
+                # Given parameters, even None, pymssql takes a % in a column's name for a marker.
+                cursor.execute(sql, *((tuple(parameters),) if parameters else ()))
                 rows = cursor.fetchall() if cursor.description else []
                 self._changed = cursor.rowcount
         except library.Error as error:
-            if _number(error) in _DUPLICATE_KEY and FENCE in sql:
+            if _facts(error)[0] in _DUPLICATE_KEY and FENCE in sql:
                 raise DuplicateFenceError from error
             raise _wrapped(error, self._server) from error
         return [tuple(row) for row in rows]
@@ -326,17 +333,17 @@ class MssqlTarget(TargetDatabase):
         return self._changed
 
     def quote(self, name: str) -> str:
-        """`schema.table` and column names alike: dots separate, as in the sink's URI."""
-        if "." in name and _is_qualified(name):
-            schema, _, table = name.partition(".")
-            return f"{self.quote(schema)}.{self.quote(table)}"
-        return "[" + name.replace("]", "]]").replace("%", "%%") + "]"
+        return "[" + name.replace("]", "]]") + "]"
+
+    def quote_table(self, table: str) -> str:
+        """`schema.table`, or `table` in the default schema, whatever the login's own default."""
+        return f"{self.quote(_schema_of(table))}.{self.quote(_bare(table))}"
 
     def bulk_copy(self, table: str, rows: Iterable[tuple[Any, ...]], chunk: int) -> None:
         """Append rows, committed every `chunk` of them."""
         library = _library()
         try:
-            self._db.bulk_copy(_plain_quote(table), list(rows), batch_size=chunk)
+            self._db.bulk_copy(self.quote_table(table), list(rows), batch_size=chunk)
         except library.Error as error:
             raise _wrapped(error, self._server) from error
 
@@ -344,13 +351,14 @@ class MssqlTarget(TargetDatabase):
         name = f"{_schema_of(table)}.{FENCE}"
         columns = ", ".join(f"{column} {_FENCE_TYPES[kind]}" for column, kind in FENCE_COLUMNS)
         self.execute(
-            f"IF OBJECT_ID(N'{name}', N'U') IS NULL CREATE TABLE {self.quote(name)} ({columns})"
+            f"IF OBJECT_ID(N'{self.quote_table(name)}', N'U') IS NULL "
+            f"CREATE TABLE {self.quote_table(name)} ({columns})"
         )
-        return self.quote(name)
+        return self.quote_table(name)
 
     def fence_name(self, table: str) -> str | None:
         name = f"{_schema_of(table)}.{FENCE}"
-        return self.quote(name) if self.columns(name) is not None else None
+        return self.quote_table(name) if self.columns(name) is not None else None
 
     def columns(self, table: str) -> Mapping[str, str] | None:
         rows = self.execute(
@@ -364,7 +372,7 @@ class MssqlTarget(TargetDatabase):
         return self._staged
 
     def staged_source(self) -> str:
-        return self.quote(self._stage)
+        return self.quote_table(self._stage)
 
     def fit(self, table: str, staged: Sequence[StagedColumn]) -> list[StagedColumn]:
         """Which staged columns the table lacks, having checked those that it has.
@@ -393,9 +401,9 @@ class MssqlTarget(TargetDatabase):
             return staged
         definitions = ", ".join(f"{self.quote(c.name)} {c.type} NULL" for c in missing)
         if self.columns(table) is None:
-            self.execute(f"CREATE TABLE {self.quote(table)} ({definitions})")
+            self.execute(f"CREATE TABLE {self.quote_table(table)} ({definitions})")
         else:
-            self.execute(f"ALTER TABLE {self.quote(table)} ADD {definitions}")
+            self.execute(f"ALTER TABLE {self.quote_table(table)} ADD {definitions}")
         return staged
 
     def show_current(self, table: str) -> None:
@@ -413,7 +421,7 @@ class MssqlTarget(TargetDatabase):
             for position, column in enumerate(columns)
             if column.name in filled
         ]
-        table = self.quote(_described_table(stage))
+        table = self.quote_table(_described_table(stage))
         self.execute(
             f"CREATE TABLE {table} (position int NOT NULL, name nvarchar(128) NOT NULL, "
             "type nvarchar(60) NOT NULL)"
@@ -425,15 +433,15 @@ class MssqlTarget(TargetDatabase):
         """Drop a stage and its description, if they are there."""
         for table in (_described_table(stage), stage):
             self.execute(
-                f"IF OBJECT_ID(N'{_plain_quote(table)}', N'U') IS NOT NULL "
-                f"DROP TABLE {self.quote(table)}"
+                f"IF OBJECT_ID(N'{self.quote_table(table)}', N'U') IS NOT NULL "
+                f"DROP TABLE {self.quote_table(table)}"
             )
 
     def stage_tables(self, schema: str) -> list[str]:
         """Names of the staging tables in a schema."""
         rows = self.execute(
             "SELECT TABLE_NAME FROM INFORMATION_SCHEMA.TABLES "
-            "WHERE TABLE_SCHEMA = %s AND TABLE_NAME LIKE N'[_]cf[_]stage[_]%%'",
+            "WHERE TABLE_SCHEMA = %s AND TABLE_NAME LIKE N'[_]cf[_]stage[_]%'",
             (schema,),
         )
         return [str(row[0]) for row in rows if not str(row[0]).endswith(_DESCRIBED)]
@@ -443,7 +451,7 @@ class MssqlTarget(TargetDatabase):
         if self.columns(table) is None:
             return None
         rows = self.execute(
-            f"SELECT position, name, type FROM {self.quote(table)} ORDER BY position"  # noqa: S608
+            f"SELECT position, name, type FROM {self.quote_table(table)} ORDER BY position"  # noqa: S608
         )
         return [
             StagedColumn(str(name), str(kind), _source(f"c{int(position)}", str(kind)))
@@ -463,8 +471,10 @@ def staged_type(kind: pa.DataType) -> str:
     return _BYTES if is_bytes(kind) else _TEXT
 
 
-def target_type(kind: Any) -> str:
+def target_type(name: str, kind: Any) -> str:
     """Type of the target's column."""
+    if name == "_cf_job_id":
+        return _JOB_ID  # short enough for an index
     kind = plain_type(kind)
     if pt.is_uint64(kind):
         return "decimal(20,0)"
@@ -486,7 +496,7 @@ def _source(column: str, kind: str) -> str:
     base = _base(kind)
     if kind == _BYTES:
         return f"SUBSTRING({column}, 2, DATALENGTH({column}))"
-    if kind == _TEXT:
+    if base == "nvarchar":
         return f"STUFF({column}, 1, 1, N'')"
     if base in ("decimal", "date", "time", "datetime2", "datetimeoffset"):
         return f"CAST(STUFF({column}, 1, 1, N'') AS {kind})"
@@ -534,11 +544,6 @@ def _base(kind: str) -> str:
     return kind.partition("(")[0]
 
 
-def _is_qualified(name: str) -> bool:
-    schema, _, table = name.partition(".")
-    return schema.isidentifier() and bool(table)
-
-
 def _schema_of(table: str) -> str:
     schema, dot, _ = table.partition(".")
     return schema if dot else _DEFAULT_SCHEMA
@@ -546,10 +551,6 @@ def _schema_of(table: str) -> str:
 
 def _bare(table: str) -> str:
     return table.rpartition(".")[2]
-
-
-def _plain_quote(table: str) -> str:
-    return f"[{_schema_of(table)}].[{_bare(table)}]"
 
 
 def _stage_table(path: str, token: str, n: int) -> str:
@@ -603,19 +604,24 @@ def _connect(env: SinkEnvironment) -> "pymssql.Connection":
     return connection
 
 
-def _number(error: Exception) -> int:
-    first = error.args[0] if error.args else 0
-    return first if isinstance(first, int) else 0
+def _facts(error: Exception) -> tuple[int, str]:
+    """Number and text of a pymssql error; errors of connecting wrap them once more."""
+    args = error.args
+    if len(args) == 1 and isinstance(args[0], tuple):
+        args = args[0]
+    number = args[0] if args and isinstance(args[0], int) else 0
+    detail = args[1] if len(args) > 1 else (args[0] if args else "")
+    text = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
+    return number, text
 
 
 def _wrapped(error: Exception, server: str) -> SinkError:
-    number = _number(error)
-    detail = error.args[1] if len(error.args) > 1 else str(error)
-    text = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
+    number, text = _facts(error)
     message = f"SQL Server {server}, error {number}: {text.splitlines()[0] if text else '?'}"
     if number in _FULL:
         return DiskFullError(message, hint="Make room in the database; the job is retried.")
     if number == 18456:
-        return SinkError(message, hint="Check CASPARIAN_MSSQL_USER and _PASSWORD.")
-    # DB-Library's own numbers (20001 and up) are about the connection.
-    return SinkError(message, transient=number in _TRANSIENT or 20_000 <= number < 21_000)
+        return SinkError(message, hint="Check CASPARIAN_MSSQL_USER and CASPARIAN_MSSQL_PASSWORD.")
+    # Without a number, and with DB-Library's own from 20001 up, it is about the connection.
+    lost = number == 0 or 20_000 <= number < 21_000
+    return SinkError(message, transient=lost or number in _TRANSIENT)

@@ -114,6 +114,10 @@ class TargetDatabase(abc.ABC):
     @abc.abstractmethod
     def quote(self, name: str) -> str: ...
 
+    def quote_table(self, table: str) -> str:
+        """A table's name as statements write it, with its schema where there are several."""
+        return self.quote(table)
+
     @abc.abstractmethod
     def ensure_fence(self, table: str) -> str:
         """Make the fence table that serves `table` if it is missing; its quoted name."""
@@ -248,7 +252,7 @@ class Publication:
         removed = 0
         if db.columns(table) is not None:
             db.execute(
-                f"DELETE FROM {db.quote(table)} WHERE {_JOB_COLUMN} IN ("  # noqa: S608
+                f"DELETE FROM {db.quote_table(table)} WHERE {_JOB_COLUMN} IN ("  # noqa: S608
                 f"SELECT cf_job_id FROM {self._fence} "
                 f"WHERE slice_key = {m} AND live = 1 AND output_key <> {m})",
                 mine,
@@ -266,7 +270,7 @@ class Publication:
         names = ", ".join(db.quote(column.name) for column in columns)
         sources = ", ".join(column.source for column in columns)
         db.execute(
-            f"INSERT INTO {db.quote(table)} ({names}) "  # noqa: S608
+            f"INSERT INTO {db.quote_table(table)} ({names}) "  # noqa: S608
             f"SELECT {sources} FROM {db.staged_source()}"
         )
         if db.changed() != self._entry.rows:
@@ -413,7 +417,7 @@ def current_view_sql(db: TargetDatabase, table: str, fence: str) -> str:
         "g.published_at > f.published_at))))))"
     )
     return (
-        f"SELECT t.* FROM {db.quote(table)} AS t WHERE t.{_JOB_COLUMN} IN ("  # noqa: S608
+        f"SELECT t.* FROM {db.quote_table(table)} AS t WHERE t.{_JOB_COLUMN} IN ("  # noqa: S608
         f"SELECT f.cf_job_id FROM {fence} AS f WHERE f.target = '{target}' AND NOT EXISTS ("
         f"SELECT 1 FROM {fence} AS g WHERE g.slice_key = f.slice_key AND {newer}))"
     )
