@@ -39,6 +39,7 @@ class Options:
     # sinks
     sink_down: float
     slow_consumer: bool
+    foreign_file: float
     # people and files
     clock_jump: float
     cancel: float
@@ -90,6 +91,7 @@ def draw(seed: int) -> Options:
         "disk_full": maybe(0.1),
         "fsync_error": maybe(0.1),
         "sink_down": maybe(0.1),
+        "foreign_file": maybe(1.0),
         "slow_consumer": rng.random() < 0.3,
         "clock_jump": maybe(0.1),
         "cancel": maybe(1.0),

@@ -13,7 +13,7 @@ from typing import Any
 from simulation.ledger import SimLedger
 from simulation.options import Options
 from simulation.parts import Disk, Failed, Nature, SimSentinel, SimWorker
-from simulation.world import Network, Store, World
+from simulation.world import Network, Store, Stored, World
 
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import LocationId, ManifestId, VersionId, parse_token
@@ -29,6 +29,7 @@ CONVERGE_SECONDS = 3000.0
 SETTLE_SECONDS = 100.0
 """After the last job: long enough for three rounds of collecting left-over stages."""
 PLUGINS = ("sales", "rare")
+FOREIGN = "foreign"
 
 
 class ViolationError(Exception):
@@ -53,6 +54,7 @@ class Answers:
     """job id → version id"""
     cancelled: dict[int, float] = field(default_factory=dict)
     too_late: set[int] = field(default_factory=set)
+    abandoned: set[int] = field(default_factory=set)
 
 
 class Run:
@@ -120,6 +122,7 @@ class Run:
         self._poisson("kill_sentinel", options.kill_sentinel, self._kill_sentinel)
         self._poisson("twin_identity", options.twin_identity, self._start_twin)
         self._poisson("sink_down", options.sink_down, self._sink_down)
+        self._poisson("foreign_file", options.foreign_file, self._foreign_file)
         self._poisson("clock_jump", options.clock_jump, self._clock_jump)
         self._poisson("cancel", options.cancel, self._cancel)
         self._poisson("redeploy", options.redeploy, self._redeploy)
@@ -188,6 +191,41 @@ class Run:
 
     def _sink_up(self) -> None:
         self.store.down = False
+
+    def _foreign_file(self) -> None:
+        """Somebody else's data stands where a granted output is about to go."""
+        granted = [
+            entry
+            for job_id, status in sorted(self.ledger.statuses().items())
+            if status is JobStatus.STAGED
+            for entry in self.ledger.manifests[job_id]
+            if entry.final not in self.store.finals
+        ]
+        if granted:
+            entry = self.rng.choice(granted)
+            self.store.finals[entry.final] = Stored(FOREIGN, ("not ours",))
+            self.world.log(f"foreign data at {entry.final}")
+
+    def _operate(self) -> None:
+        """An operator looks at jobs whose sink refuses for good: clears the way, or gives up."""
+        if not self.sentinel.alive:
+            return
+        for job_id, lease in list(self.sentinel.core.broker.leases.items()):
+            if not lease.stuck:
+                continue
+            foreign = [
+                entry.final
+                for entry in self.ledger.manifests[job_id]
+                if entry.final in self.store.finals
+                and self.store.finals[entry.final].token == FOREIGN
+            ]
+            forward = bool(foreign) and self.rng.random() < 0.5
+            if forward:
+                for final in foreign:
+                    del self.store.finals[final]
+            else:
+                self.answers.abandoned.add(job_id)
+            self.sentinel.feed(e.Resolve(("resolve", job_id), job_id, forward))
 
     def _clock_jump(self) -> None:
         self.world.wall_offset += self.rng.choice((-1, 1)) * 10 ** self.rng.uniform(0, 7)
@@ -357,6 +395,7 @@ class Run:
             ):
                 self.world.run(self.world.time + SETTLE_SECONDS)
                 return
+            self._operate()
             if int(self.world.time) % 50 < 5:
                 for plugin in PLUGINS:
                     self._resume_plugin(plugin)
@@ -410,7 +449,8 @@ class Run:
         for job_id, status in statuses.items():
             if job_id in self.answers.cancelled and status is not JobStatus.ABORTED:
                 raise ViolationError(f"job {job_id} was answered cancelled and is {status}")
-            if job_id in self.answers.too_late and status is not JobStatus.COMPLETED:
+            completed = status is JobStatus.COMPLETED or job_id in self.answers.abandoned
+            if job_id in self.answers.too_late and not completed:
                 raise ViolationError(f"job {job_id} was answered too late and is {status}")
             if status is JobStatus.FAILED and job_id not in self.ledger.dead_letter_jobs():
                 raise ViolationError(f"job {job_id} FAILED without a dead letter")
@@ -444,6 +484,7 @@ class Run:
             Reason.TIMEOUT: nature.unreliable,
             # Two processes under one identity take the jobs from each other again and again.
             Reason.LEASE_LOST: self.options.twin_identity > 0,
+            Reason.ABANDONED: job_id in self.answers.abandoned,
         }
         if not explained.get(Reason(reason), False):
             raise ViolationError(f"job {job_id} FAILED for {reason} though its plugin works")
@@ -456,6 +497,10 @@ class Run:
             nature = self.disk.natures[self.ledger.job(job_id).version_id]
             if status is JobStatus.COMPLETED and len(manifest) != len(nature.topics):
                 raise ViolationError(f"job {job_id} COMPLETED with {len(manifest)} outputs")
+            if job_id in self.answers.abandoned and status is JobStatus.FAILED:
+                # What was published before stays; what was not never will be.
+                expected.update({x.final: self.ledger.granted.get(job_id, "") for x in manifest})
+                continue
             if status is not JobStatus.COMPLETED and manifest:
                 raise ViolationError(f"job {job_id} is {status} and was granted")
             for entry in manifest:
@@ -465,7 +510,7 @@ class Run:
             if orders != sorted(orders):
                 raise ViolationError(f"slice {slice_of[:8]} was replaced in the order {orders}")
         for final, stored in self.store.finals.items():
-            if expected.get(final) != stored.token:
+            if stored.token not in (FOREIGN, expected.get(final)):
                 raise ViolationError(
                     f"{final} holds {stored.token}, granted was {expected.get(final)}"
                 )
