@@ -34,7 +34,7 @@ def services(running_pid: int) -> dict[str, psutil.Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_drains_everything_and_the_exit_code_is_0(flow: Flow, number: int) -> None:
-    prepared(flow, SLOW.format(seconds=1.0))
+    prepared(flow, SLOW.format(seconds=5))
     with flow.start() as running:
         wait_for("the job to run", lambda: flow.counts().get("RUNNING"))
         members = family(running.process.pid)
