@@ -1,7 +1,7 @@
 """What one job publishes, on its way into the sinks' stages.
 
     batch of a topic ─ contract ─┬─ good rows ─ lineage columns ─ every sink of the topic
-                                 └─ bad rows ─ the quarantine of every sink of the topic
+                                 └─ bad rows ─ lineage columns ─ the quarantine of every sink
 
 A topic without rows still makes an output, so that the ledger knows it was there and `replace`
 can take earlier rows away. Sinks of one topic that ask for different contracts each get theirs.
@@ -119,11 +119,6 @@ class JobOutputs:
         self._writers.append(writer)
         return writer
 
-    @property
-    def job_id(self) -> str:
-        """What `_cf_job_id` says."""
-        return self._lineage.job_id
-
     def with_lineage(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         return self._lineage.append(batch)
 
@@ -146,7 +141,7 @@ class _Branch:
         self._validator: Validator | None = None
         if schema_json:
             contract = _contract(schema_json)
-            self._validator = Validator(contract, policy, topic=topic, job_id=outputs.job_id)
+            self._validator = Validator(contract, policy, topic=topic)
         self._good = [outputs.open_writer(topic, spec, OutputKind.OUTPUT) for spec in specs]
         self._quarantine: list[StageWriter] = []
 
@@ -163,6 +158,7 @@ class _Branch:
                 self._outputs.open_writer(self._topic, spec, OutputKind.QUARANTINE)
                 for spec in self._specs
             ]
+        bad = self._outputs.with_lineage(bad)
         for writer in self._quarantine:
             writer.write(bad)
 

@@ -15,7 +15,7 @@ from casparian_flow.domain.contracts import Column, Contract, ContractMode
 from casparian_flow.domain.errors import OutputRefusedError
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.outputs import QuarantinePolicy
-from casparian_worker.arrays import ArrowArray, as_text, compute, constant_text, nulls, plain
+from casparian_worker.arrays import ArrowArray, as_text, compute, nulls, plain
 from casparian_worker.conversion import FORMAT_MISMATCH, NULL_NOT_ALLOWED, arrow_type, convert
 
 ROW_ID_COLUMN = "__cf_row_id"
@@ -55,20 +55,16 @@ class Validator:
         bad_rows: of those, the ones that break the contract.
     """
 
-    def __init__(
-        self, contract: Contract, policy: QuarantinePolicy, *, topic: str, job_id: str
-    ) -> None:
+    def __init__(self, contract: Contract, policy: QuarantinePolicy, *, topic: str) -> None:
         """
         Args:
             topic: for messages.
-            job_id: what `_cf_job_id` says of quarantined rows (lineage.global_job_id).
         """
         self.contract = contract
         self.policy = policy
         self.rows = 0
         self.bad_rows = 0
         self._topic = topic
-        self._job_id = job_id
         self._violations: dict[tuple[str, str], Violation] = {}
         self._schema = pa.schema(
             [pa.field(c.name, arrow_type(c.type), c.nullable) for c in contract.columns]
@@ -97,9 +93,9 @@ class Validator:
 
         Returns:
             The good rows in the contract's schema, and the bad ones for quarantine: their source
-            columns as text, then `_error_msg`, `_violation_type`, `_cf_job_id`, `_source_row`.
-            None if there are none, or if the policy is broken already and they would be written
-            in vain.
+            columns as text, then `_error_msg`, `_violation_type`, `_source_row`; the lineage
+            columns follow there as everywhere. None if there are none, or if the policy is broken
+            already and they would be written in vain.
 
         Raises:
             OutputRefusedError: CONTRACT, for columns; its diagnostics hold `expected`, `actual`,
@@ -117,7 +113,7 @@ class Validator:
         self.bad_rows += faults.count
         kept = [array.filter(faults.good_mask()) for array in columns]
         good = pa.RecordBatch.from_arrays(kept, schema=schema)
-        return good, None if self.hopeless else faults.rows(batch, numbers, self._job_id)
+        return good, None if self.hopeless else faults.rows(batch, numbers)
 
     def judge(self) -> None:
         """Hold the policy against all rows seen; to be called at the end of the topic.
@@ -272,7 +268,7 @@ class _Faults:
     def good_mask(self) -> ArrowArray:
         return self._types.is_null()
 
-    def rows(self, batch: pa.RecordBatch, numbers: ArrowArray, job_id: str) -> pa.RecordBatch:
+    def rows(self, batch: pa.RecordBatch, numbers: ArrowArray) -> pa.RecordBatch:
         """The bad rows as the quarantine holds them.
 
         Source columns are text, always: a place for values that broke their types cannot have
@@ -283,7 +279,6 @@ class _Faults:
         facts = {
             "_error_msg": self._messages.filter(bad),
             "_violation_type": self._types.filter(bad),
-            "_cf_job_id": constant_text(job_id, self.count),
             "_source_row": numbers.filter(bad),
         }
         names = [_free_name(name, {*facts}, batch.schema.names) for name in batch.schema.names]
