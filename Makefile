@@ -10,7 +10,7 @@ unexport VIRTUAL_ENV
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck imports unit next-duckdb format docs demo wheel clean
+.PHONY: help setup test lint typecheck imports unit next-duckdb format docs demo bench wheel clean
 
 # List the targets.
 help:
@@ -70,6 +70,11 @@ docs: setup
 # Show the whole flow on real files; leaves its results in ./demo.
 demo: setup
 	@$(BIN)/python examples/demo.py
+
+# Measure speed beside peers into docs/benchmarks.md; one row: ROW=3; small sizes: QUICK=1.
+bench: setup
+	@$(UV) sync --frozen --inexact --quiet --group bench
+	@$(BIN)/python -m bench $(if $(ROW),--row $(ROW)) $(if $(QUICK),--quick)
 
 # Build the wheel and the source archive into dist/.
 wheel: setup

@@ -1,0 +1,1 @@
+"""What the rows compare with, each written as its own project's documentation advises."""
