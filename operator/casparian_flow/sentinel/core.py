@@ -175,8 +175,13 @@ class SentinelCore(Generic[L]):
         """Whether the ledger still works on something that this core waits for."""
         return bool(self._calls) or self._durable < self._last_ticket
 
+    @property
+    def wakeup(self) -> float | None:
+        """When a turn is due without any event, monotonic clock; None while commits fail."""
+        return self.broker.wakeup if self.ready else None
+
     def _due(self, mono: float) -> bool:
-        wakeup = self.broker.wakeup
+        wakeup = self.wakeup
         return (wakeup is not None and wakeup <= mono) or (
             bool(self._lazy) and mono - self._lazy_since >= LAZY_SECONDS
         )
@@ -231,7 +236,8 @@ class SentinelCore(Generic[L]):
                 self._out.append(Failed(instruction.reply, error))
         self._held.clear()
         self._lazy.clear()
-        self._events.clear()
+        # What came in since is refused in this very turn (`_refuse_events`), as commands among it
+        # wait for an answer.
         self._void_until = self._durable = self._last_ticket
         self._probe_at = self._clock.now().mono + PROBE_SECONDS
 

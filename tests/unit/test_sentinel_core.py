@@ -1,0 +1,109 @@
+"""The core between broker and ledger: what a failed commit must not lose."""
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from builders import at, identity, make_job, make_spec
+
+from casparian_flow.db.memory import MemoryLedger
+from casparian_flow.domain.clock import Now
+from casparian_flow.domain.errors import LedgerUnavailableError
+from casparian_flow.domain.ids import JobId
+from casparian_flow.domain.records import BatchItem, Completion
+from casparian_flow.protocol import messages as m
+from casparian_flow.sentinel import events as e
+from casparian_flow.sentinel.broker import Broker, BrokerConfig
+from casparian_flow.sentinel.core import Failed, SentinelCore
+
+T = TypeVar("T")
+
+
+class Writer:
+    """Carries everything out at once; a commit fails while the ledger is told to."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self.ledger = ledger
+        self._ticket = 0
+        self._done: list[Completion] = []
+
+    def commit(self, batch: Sequence[BatchItem]) -> int:
+        self._ticket += 1
+        try:
+            outcomes = self.ledger.commit(batch)
+        except LedgerUnavailableError as error:
+            self._done.append(Completion(self._ticket, error=error))
+        else:
+            self._done.append(Completion(self._ticket, outcomes))
+        return self._ticket
+
+    def completed(self) -> list[Completion]:
+        done, self._done = self._done, []
+        return done
+
+    def call(self, fn: Callable[[MemoryLedger], T]) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(self.ledger))
+        except LedgerUnavailableError as error:
+            future.set_exception(error)
+        return future
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> Now:
+        return at(self.time)
+
+
+def started(*jobs: Any) -> tuple[SentinelCore[MemoryLedger], MemoryLedger, Stopwatch]:
+    ledger, clock = MemoryLedger(), Stopwatch()
+    ledger.plugins = [make_spec()]
+    ledger.add_jobs(jobs)
+    core = SentinelCore(Writer(ledger), lambda: Broker(BrokerConfig(), random.Random(0)), clock)
+    core.start()
+    core.turn()
+    assert core.ready
+    return core, ledger, clock
+
+
+def identify(core: SentinelCore[MemoryLedger]) -> None:
+    core.feed(e.WorkerMessage(identity("w1"), 0, m.Identify("w1", "nonce")))
+
+
+def test_a_command_that_meets_a_failed_commit_is_answered() -> None:
+    core, ledger, _ = started(make_job(1))
+    ledger.failing = LedgerUnavailableError("the disk is full")
+    identify(core)
+    core.turn()
+    waiting = object()
+    core.feed(e.Cancel(waiting, JobId(1)))
+    out = core.turn()
+    assert not core.ready
+    assert [(o.reply, str(o.error)) for o in out if isinstance(o, Failed)] == [
+        (waiting, "the disk is full")
+    ]
+
+
+def test_a_delayed_job_does_not_keep_the_loop_spinning_while_the_ledger_fails() -> None:
+    core, ledger, clock = started(make_job(1))
+    identify(core)
+    core.turn()
+    token = core.broker.jobs[JobId(1)].token
+    core.feed(e.WorkerMessage(identity("w1"), 1, m.Conclude(token, "FAILED", "timeout")))
+    core.turn()
+    assert core.wakeup is not None
+    ledger.failing = LedgerUnavailableError("the disk is full")
+    clock.time = 10.0
+    core.turn()
+    core.turn()
+    assert not core.ready
+    assert core.wakeup is None
+    ledger.failing = None
+    clock.time = 12.0
+    core.turn()
+    core.turn()
+    assert core.ready
