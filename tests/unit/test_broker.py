@@ -355,6 +355,29 @@ def test_an_unknown_worker_is_asked_to_identify_and_its_words_on_a_token_count()
     assert bench.kinds == [JournalKind.COMPLETED]
 
 
+def test_a_replaced_process_loses_a_job_whose_grant_has_to_wait() -> None:
+    bench = Bench(make_job(1))
+    bench.worker("w1", nonce="first")
+    job = bench.broker.jobs[1]
+    bench.stage("w1", job)
+    bench.worker("w1", nonce="second")
+    bench.grant(job, Reason.BUSY)
+    assert bench.kinds == [JournalKind.RETRIED, JournalKind.LEASED]
+    assert dispatched(bench) == [token(1, 2)]
+
+
+@pytest.mark.parametrize("owner", ["", "a program"])
+def test_a_lease_of_a_queue_of_its_own_runs_out_after_a_restart(owner: str) -> None:
+    held = make_job(1, status=JobStatus.DISPATCHING, token=token(1), attempt=1, owner=owner)
+    bench = Bench(active=[held])
+    bench.worker()
+    assert bench.sent_to("w1") == ["Welcome"]
+    bench.time += 29.0
+    bench.say("w1", m.Heartbeat("IDLE"))
+    bench.pass_time(2.0)
+    assert bench.kinds == [JournalKind.RETURNED, JournalKind.LEASED]
+
+
 def test_a_job_that_keeps_losing_its_worker_becomes_a_dead_letter() -> None:
     bench = Bench(make_job(1), config=BrokerConfig(losses_max=3))
     for n in range(4):

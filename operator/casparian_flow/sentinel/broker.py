@@ -175,7 +175,7 @@ class Broker:
         specs = {spec.manifest_id: spec for spec in state.plugins}
         for job in state.active:
             self.jobs[job.job_id] = job
-            owner = Identity(bytes.fromhex(job.owner)) if job.owner else None
+            owner = _holder(job)
             self.leases[job.job_id] = Lease(
                 owner, now.mono + self.config.lease_ttl_s, now.mono, specs.get(job.manifest_id)
             )
@@ -522,6 +522,8 @@ class Broker:
         reason = Reason(outcome.refused)
         if reason is Reason.BUSY:
             # Another job is publishing this slice; the worker repeats its STAGE and asks again.
+            if owner is None:
+                self._lease_lost(job, lease, now, "its process was replaced")
             for cancel in cancels:
                 self._cancel(cancel, now)
             return
@@ -885,6 +887,10 @@ class Broker:
                 lease.granting is None or job.status is JobStatus.RUNNING, "granting, not running"
             )
             require(job.token, f"job {job_id} is leased without a token")
+            require(
+                lease.owner is not None or lease.granting is not None or job.status not in LEASED,
+                f"job {job_id} is {job.status}, but nobody holds it",
+            )
             worker = self.workers.get(lease.owner) if lease.owner is not None else None
             require(
                 worker is None or job_id in worker.held, f"job {job_id} is not held by its owner"
@@ -902,6 +908,17 @@ class Broker:
                     f"worker {worker.worker_id} holds job {job_id} without a lease",
                 )
             require(len(worker.held) <= self.config.credit_max + OUTPUTS_MAX, "held is unbounded")
+
+
+def _holder(job: Job) -> Identity | None:
+    """Who a job was leased to when the ledger was left; None for a grant that nobody publishes."""
+    if not job.owner and job.status is JobStatus.STAGED:
+        return None
+    try:
+        return Identity(bytes.fromhex(job.owner))
+    except ValueError:
+        # A program with a JobQueue of its own: no worker has such a name, so the lease runs out.
+        return Identity(job.owner.encode())
 
 
 def _job_id_of(token: str) -> int:
