@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 from scripted_worker import ScriptedWorker, job_of, seed
 
-from casparian_flow.domain.errors import ConfigError, ConflictError, LedgerLockedError
+from casparian_flow.domain.errors import (
+    ConfigError,
+    ConflictError,
+    InvariantError,
+    LedgerLockedError,
+    SentinelUnreachableError,
+)
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import encode
 from casparian_flow.protocol.frames import HEADER, PAYLOAD_BYTES_MAX, Op, pack
-from casparian_flow.sentinel.control import ControlClient, connect
+from casparian_flow.sentinel.control import ControlClient, connect, remote
 from casparian_flow.sentinel.server import Sentinel, SentinelConfig
 
 FAST = {"lease_ttl_s": 1.5, "heartbeat_s": 0.2, "retry_base_s": 0.05, "drain_s": 0.0}
@@ -631,3 +637,45 @@ def test_stop_by_the_control_socket_ends_run_and_frees_everything(place: Place) 
 
 def test_the_bind_address_alone_makes_a_whole_configuration() -> None:
     assert SentinelConfig(bind_address="tcp://127.0.0.1:5555").broker_config().lease_ttl_s == 30.0
+
+
+def test_a_bug_in_the_loop_ends_the_process_and_answers_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that wait for a turn must not keep the Sentinel from stopping."""
+    answers: list[BaseException] = []
+
+    def ask(address: str) -> None:
+        with remote(address) as control:
+            try:
+                control.list_workers()
+            except SentinelUnreachableError as error:
+                answers.append(error)
+
+    def fail_while_somebody_waits(sentinel: Sentinel) -> None:
+        caller = threading.Thread(target=ask, args=(sentinel.control_address,))
+        caller.start()
+        eventually(lambda: sentinel._loop._inbox)
+        callers.append(caller)
+        raise InvariantError("a bug")
+
+    callers: list[threading.Thread] = []
+    monkeypatch.setattr(Sentinel, "_serve", fail_while_somebody_waits)
+    sentinel = Sentinel(
+        SentinelConfig(bind_address="tcp://127.0.0.1:*", database=tmp_path / "ledger.duckdb")
+    )
+    crash: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            sentinel.run()
+        except InvariantError as error:
+            crash.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    callers[0].join(10)
+    assert [str(error) for error in crash] == ["a bug"]
+    assert [str(error) for error in answers] == ["the Sentinel is stopping"]

@@ -169,7 +169,6 @@ class Sentinel:
         self._writer = writer
         self._core = SentinelCore(writer, self._make_broker, self._clock)
         self._loop = CoreLoop(self._core, writer, self._waker.wake)
-        stack.callback(self._loop.close)
         self._await_ledger()
         self._socket = WorkerSocket(config.bind_address, self.metrics, self._reads_batches)
         stack.callback(self._socket.close)
@@ -186,6 +185,9 @@ class Sentinel:
         self._wire_calls = WireCalls(plane, self._waker.wake, allowed=allowed)
         stack.callback(self._wire_calls.close)
         self._open_control(stack, plane)
+        # First of all at the end, also after a bug: calls that wait for a turn would otherwise
+        # keep the threads that serve them, and those this process, for ever.
+        stack.callback(self._loop.close)
         self._open_metrics(stack)
         log.info("sentinel ready: workers at %s", self.bind_address)
 
@@ -258,7 +260,7 @@ class Sentinel:
 
     def _patience_ms(self, next_tick: float) -> int:
         until = next_tick
-        wakeup = self._core.broker.wakeup
+        wakeup = self._core.wakeup
         if wakeup is not None:
             until = min(until, wakeup)
         return max(0, min(1000, int((until - self._clock.now().mono) * 1000) + 1))
@@ -366,6 +368,7 @@ def config_of(settings: "Settings") -> SentinelConfig:
     return SentinelConfig(
         bind_address=own.bind_address,
         database=settings.database.db_location,
+        memory_limit_mb=settings.database.memory_limit_mb,
         control_address=own.control_address,
         metrics_port=own.metrics_port,
         lease_ttl_s=own.lease_ttl_seconds,
