@@ -92,7 +92,7 @@ class Run:
         self._pending_scans = 0
         self._next_version = 0
         self._sequence: dict[int, int] = defaultdict(int)
-        self._published_by: dict[str, str] = {}
+        self._foreign: set[str] = set()
 
     # -- the scenario -----------------------------------------------------------------------
 
@@ -204,6 +204,7 @@ class Run:
         if granted:
             entry = self.rng.choice(granted)
             self.store.finals[entry.final] = Stored(FOREIGN, ("not ours",))
+            self._foreign.add(entry.final)
             self.world.log(f"foreign data at {entry.final}")
 
     def _operate(self) -> None:
@@ -219,10 +220,13 @@ class Run:
                 if entry.final in self.store.finals
                 and self.store.finals[entry.final].token == FOREIGN
             ]
-            forward = bool(foreign) and self.rng.random() < 0.5
+            if not foreign:
+                raise ViolationError(f"job {job_id} cannot be published: {lease.stuck}")
+            forward = self.rng.random() < 0.5
             if forward:
                 for final in foreign:
                     del self.store.finals[final]
+                self._foreign.difference_update(foreign)
             else:
                 self.answers.abandoned.add(job_id)
             self.sentinel.feed(e.Resolve(("resolve", job_id), job_id, forward))
@@ -509,6 +513,9 @@ class Run:
         for slice_of, orders in self.ledger.replaced.items():
             if orders != sorted(orders):
                 raise ViolationError(f"slice {slice_of[:8]} was replaced in the order {orders}")
+        for final in self._foreign:
+            if self.store.finals[final].token != FOREIGN:
+                raise ViolationError(f"{final} was somebody else's and is overwritten")
         for final, stored in self.store.finals.items():
             if stored.token not in (FOREIGN, expected.get(final)):
                 raise ViolationError(
