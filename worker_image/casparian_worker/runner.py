@@ -215,12 +215,14 @@ class Runner:
 
     def _throw_away(self, flight: Flight, conclusion: m.Conclude) -> None:
         """Leave nothing of a failed attempt, then say how it ended."""
+        flight.source.close()
         try:
             flight.outputs.abort()
-            flight.source.close()
         except (CasparianError, OSError) as error:
             # They are reported as left-over stages later.
             log.warning("stages of %s were not deleted: %s", conclusion.token, error)
+        except Exception:  # whatever a sink's library raises, the attempt is answered
+            log.exception("stages of %s were not deleted", conclusion.token)
         self._conclude(flight.job.token, conclusion)
 
     def _conclude(self, token: str, conclusion: m.Conclude) -> None:

@@ -234,6 +234,16 @@ class Slot(Thread):
         return max(1, min(AHEAD_MAX, int(AHEAD_S / max(pace, 1e-6))))
 
     def _begin(self, job: StartJob) -> None:
+        try:
+            self._take_on(job)
+        except Exception as error:
+            if job.token in self._flights:
+                raise
+            # Not under way yet, so nobody else would answer for it.
+            log.exception("slot %d could not begin on %s", self._number, job.token)
+            self._shop.refused(job.token, failure_of(job.token, error))
+
+    def _take_on(self, job: StartJob) -> None:
         if self._shop.is_stopped(job.token):
             self._shop.refused(job.token, failure(job.token, Reason.CANCELLED, "stopped"))
             return
@@ -244,14 +254,15 @@ class Slot(Thread):
             return
         try:
             self._host = self._warm.host(bay, job.plugin)
-        except CasparianError as error:
+        except Exception as error:
             source.close()
+            if not isinstance(error, CasparianError):
+                raise
             self._shop.refused(job.token, failure_of(job.token, error))
             return
         self._spec_id = job.plugin.spec_id
         self._flights[job.token] = Flight(job, source, self._shop.outputs(job))
-        version_id = job.dispatch.file_version_id
-        self._host.submit(RunRequest(job.token, source.path, version_id, source.in_place))
+        self._host.submit(_request(job, source))
         if self._shop.is_stopped(job.token):
             self._host.cancel(job.token)
 
@@ -320,6 +331,12 @@ class Slot(Thread):
         if flights:
             self._host = None
             self._warm.close()
+
+
+def _request(job: StartJob, source: Source) -> RunRequest:
+    dispatch = job.dispatch
+    told = {"content_hash": dispatch.content_hash, "source_path": dispatch.file_path}
+    return RunRequest(job.token, source.path, dispatch.file_version_id, source.in_place, told)
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ class FileEvent:
     Attributes:
         path: what to open; a private copy or the file itself, under its own base name.
         file_id: id of the file version in the ledger, 0 outside of Casparian.
-        metadata: `content_hash`, `source_path` (where the file was found) and more.
+        metadata: `content_hash` and `source_path` (where the file was found) within Casparian.
     """
 
     path: str
