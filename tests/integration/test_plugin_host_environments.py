@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,25 @@ def test_a_locked_plugin_runs_with_its_own_packages_and_no_others(
     assert row["value"] == "x"
     assert row["pandas"] is False, "the worker's packages must not leak in"
     assert str(row["prefix"]).startswith(os.path.realpath(cache))
+
+
+UV_DOUBLE = """#!/bin/sh
+echo built >> "$0.log"
+sleep 0.3
+mkdir -p "$UV_PROJECT_ENVIRONMENT/lib/python3.11/site-packages"
+"""
+
+
+def test_an_environment_is_built_once_for_several_slots_of_one_worker(tmp_path: Path) -> None:
+    uv = tmp_path / "uv"
+    uv.write_text(UV_DOUBLE)
+    uv.chmod(0o755)
+    cache = EnvironmentCache(str(tmp_path / "cache"), uv=str(uv))
+    with ThreadPoolExecutor(4) as slots:
+        environments = set(slots.map(cache.obtain, [LOCK] * 4))
+    assert len(environments) == 1
+    assert Path(f"{uv}.log").read_text() == "built\n"
+    cache.close()
 
 
 def test_an_environment_is_built_once_for_several_workers(cache: str) -> None:

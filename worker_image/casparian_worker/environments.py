@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +114,13 @@ class EnvironmentCache:
         self._uv = uv or _find_uv()
         self._timeout_s = timeout_s
         self._held: dict[str, int] = {}
+        self._turns: dict[str, threading.Lock] = {}
+        """By key: the file locks tell processes apart, not the threads of one."""
 
     def obtain(self, lockfile: str, progress: Progress = lambda _: None) -> Environment:
         """The environment for a lockfile, built if this cache lacks it; "" is the worker's own.
 
-        Waits while another worker builds the same one.
+        Waits while another worker, or another slot of this one, builds the same one.
 
         Args:
             progress: told in one line each what is being done.
@@ -128,25 +131,31 @@ class EnvironmentCache:
         if not lockfile:
             return own_environment()
         key = environment_key(lockfile)
-        final = self._folder / key
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            held = self._held.get(key, -1)
-            if held < 0:
-                held = self._held[key] = _open_lock(self._folder / f"{key}.lock")
-            fcntl.flock(held, fcntl.LOCK_SH)
-            if not (final / "ready.json").exists():
-                fcntl.flock(held, fcntl.LOCK_EX)
-                if not (final / "ready.json").exists():
-                    self._build(lockfile, final, progress)
-                    self.clean(keep=key)
-                fcntl.flock(held, fcntl.LOCK_SH)
-            os.utime(final / "ready.json")
+            with self._turns.setdefault(key, threading.Lock()):
+                final = self._ready(key, lockfile, progress)
         except OSError as error:
             raise _refusal(f"the environment cannot be kept: {error}", transient=True) from error
         venv = os.path.realpath(final / "venv")
         folders = tuple(map(str, sorted(Path(venv, "lib").glob("python*/site-packages"))))
         return Environment(base_python(), folders, venv, _code(venv, folders))
+
+    def _ready(self, key: str, lockfile: str, progress: Progress) -> Path:
+        """The lock's folder, with a complete environment that stays while this cache is open."""
+        final = self._folder / key
+        self._folder.mkdir(parents=True, exist_ok=True)
+        held = self._held.get(key, -1)
+        if held < 0:
+            held = self._held[key] = _open_lock(self._folder / f"{key}.lock")
+        fcntl.flock(held, fcntl.LOCK_SH)
+        if not (final / "ready.json").exists():
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not (final / "ready.json").exists():
+                self._build(lockfile, final, progress)
+                self.clean(keep=key)
+            fcntl.flock(held, fcntl.LOCK_SH)
+        os.utime(final / "ready.json")
+        return final
 
     def close(self) -> None:
         """Let go of every environment handed out."""
