@@ -229,7 +229,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
         text = ""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or a number without end
         raise ConfigError(
             f"{file} is not valid TOML: {error}", hint="Correct the line named above."
         ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.db import wiring
+from casparian_flow.db import rejections, wiring
 from casparian_flow.db.inventory import begin_scan, finish_scan, record_chunk
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.sources import add_source
@@ -19,6 +19,7 @@ from casparian_flow.services import architect
 from casparian_flow.services.publisher import publish
 
 HANDLER = "class Handler(BasePlugin):\n    pass\n"
+LOCK = (Path(__file__).parent.parent / "data" / "excel_reader.uv.lock").read_text()
 T0 = 1_800_000_000_000_000
 
 
@@ -112,7 +113,7 @@ def wires() -> Iterator[Wires]:
 def test_a_deploy_wires_the_plugin_whole(wires: Wires) -> None:
     row = wires.deploy(
         'pattern="*.csv", topic="sales", priority=70, subscriptions=["csv"], parameters={"a": 1}',
-        lockfile="version = 1\n",
+        lockfile=LOCK,
         publisher="ann",
     )
     assert (row["plugin_id"], row["unchanged"]) == (1, False)
@@ -122,7 +123,7 @@ def test_a_deploy_wires_the_plugin_whole(wires: Wires) -> None:
     assert row["subscriptions"] == ["auto_p", "csv"]
     assert wires.rules() == [("*.csv", "auto_p", 70, "auto")]
     (spec,) = wires.ledger.plugin_specs()
-    assert (spec.parameters_json, spec.lockfile) == ('{"a":1}', "version = 1\n")
+    assert (spec.parameters_json, spec.lockfile) == ('{"a":1}', LOCK)
     assert spec.env_hash
     assert [s.uri for s in spec.sinks] == ["parquet://sales"]
     assert [p["name"] for p in wires.ledger.query("SELECT name FROM cf_publisher")] == ["ann"]
@@ -150,8 +151,25 @@ def test_the_same_version_with_other_bytes_is_refused(wires: Wires) -> None:
         wires.deploy('pattern="*.csv"')
     assert caught.value.hint == "Publish it as 1.0.1."
     with pytest.raises(ConflictError):
-        wires.deploy('pattern="*"', lockfile="x")
+        wires.deploy('pattern="*"', lockfile=LOCK)
     assert wires.rules() == [("*", "auto_p", 50, "auto")]
+
+
+def test_a_refused_version_of_any_name_does_not_hide_the_next_free_one(wires: Wires) -> None:
+    wires.deploy('pattern="*"')
+    rejections.record(
+        wires.ledger, plugin="p", version="abc", source_code="", error="no version", now_us=T0
+    )
+    with pytest.raises(ConflictError, match="versions are immutable") as caught:
+        wires.deploy('pattern="*.csv"')
+    assert caught.value.hint == "Publish it as 1.0.1."
+
+
+def test_a_lock_that_no_worker_could_use_is_refused_at_deploy(wires: Wires) -> None:
+    with pytest.raises(UsageError, match="the lock lacks pyarrow") as caught:
+        wires.deploy('pattern="*"', lockfile=LOCK[: LOCK.index('[[package]]\nname = "pyarrow"')])
+    assert "uv lock" in caught.value.hint
+    assert wires.statuses() == []
 
 
 def test_a_new_version_supersedes_the_old_also_with_the_same_source(wires: Wires) -> None:
@@ -362,7 +380,7 @@ def test_a_chunk_is_recorded_whole_or_not_at_all(
 def test_publishing_takes_name_version_and_lock_from_beside_the_file(tmp_path: Path) -> None:
     file = tmp_path / "my_plugin.py"
     file.write_bytes(source('pattern="*.csv", topic="t", version="1.2"').encode() + b"# \r\n")
-    (tmp_path / "uv.lock").write_text("version = 1\n")
+    (tmp_path / "uv.lock").write_text(LOCK)
     with connect(tmp_path / "ledger.duckdb") as control:
         row = publish(control, file, publisher="ann")
         assert (row["plugin"], row["version"]) == ("my_plugin", "1.2")

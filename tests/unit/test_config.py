@@ -146,6 +146,7 @@ def test_bad_toml_is_told_with_its_line(tmp_path: Path) -> None:
         (b"# " + b"x" * (1 << 20), "larger than"),
         (b"[worker]\n\xff = 1\n", "not UTF-8 (byte 9)"),
         (b"a = " + b"[" * 5000, "nested too deeply"),
+        (b"a = " + b"1" * 5000, "not valid TOML"),
     ],
 )
 def test_a_hostile_file_is_refused(tmp_path: Path, raw: bytes, part: str) -> None:

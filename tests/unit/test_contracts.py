@@ -101,3 +101,5 @@ def test_size_and_depth_are_bounded() -> None:
         nested = {"kind": "list", "item": nested}
     with pytest.raises(UsageError, match="deep"):
         parse_contract(columns({"name": "a", "type": nested}))
+    with pytest.raises(UsageError, match="not JSON"):
+        parse_contract("[" + "1" * 5_000 + "]")

@@ -71,6 +71,7 @@ def test_a_package_without_wheels_would_have_to_be_built() -> None:
         locked(PYARROW).replace('"plugin"', '"pl\\"ugin"'),
         locked(PYARROW) + '[[package]]\nname = "b"\nversion = "1"\nsource = { virtual = "." }\n',
         "a = " + "[" * 100_000,
+        "a = " + "1" * 5_000,
         "x" * 9_000_000,
     ],
 )

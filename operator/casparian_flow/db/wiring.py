@@ -139,7 +139,9 @@ def _next_version(connection: Connection, release: Release) -> str:
     from packaging.version import Version
 
     rows = connection.execute(
-        f"SELECT version FROM {_MANIFEST} WHERE plugin_name = $1", [release.plugin]
+        # What was refused may call itself anything.
+        f"SELECT version FROM {_MANIFEST} WHERE plugin_name = $1 AND status <> 'REJECTED'",
+        [release.plugin],
     ).fetchall()
     newest = max(Version(row[0]) for row in rows)
     return f"{newest.major}.{newest.minor}.{newest.micro + 1}"

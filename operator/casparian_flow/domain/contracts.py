@@ -167,7 +167,7 @@ def parse_contract(schema_json: str) -> Contract:
         raise UsageError(f"contract: longer than {MAX_CONTRACT_BYTES} characters")
     try:
         document = json.loads(schema_json, object_pairs_hook=_object)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers without end
         raise UsageError(
             f"contract: not JSON ({error})",
             hint='Write {"columns": [{"name": …, "type": …}]}.',

@@ -10,7 +10,8 @@ from typing import Any
 
 from casparian_flow.domain.errors import UsageError
 
-LOCK_CHARS_MAX = 8 * 1024 * 1024
+LOCK_BYTES_MAX = 4 * 1024 * 1024
+"""Far above what is met; lock and source reach a worker in one message, escaped as JSON."""
 REQUIRED_PACKAGE = "pyarrow"
 """Rows travel as Arrow, so that no environment works without it."""
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
@@ -85,7 +86,7 @@ class Lock:
 def lock_problems(text: str) -> list[str]:
     """Why no worker could make an environment from this uv.lock, one line each; empty if it can.
 
-    For use at deploy time, so that the author hears of it and not the first job.
+    Asked at deploy time, so that the author hears of it and not the first job.
     """
     try:
         return read_lock(text).problems()
@@ -99,11 +100,11 @@ def read_lock(text: str) -> Lock:
     Raises:
         LockError: no TOML, or not the shape of a uv.lock with one project at its root.
     """
-    if len(text) > LOCK_CHARS_MAX:
-        raise LockError(f"the lock is longer than {LOCK_CHARS_MAX} characters")
+    if len(text.encode("utf-8", "surrogatepass")) > LOCK_BYTES_MAX:
+        raise LockError(f"the lock is larger than {LOCK_BYTES_MAX >> 20} MiB")
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers without end
         raise LockError(f"the lock is no TOML: {error}", hint=_HINT) from None
     requires = data.get("requires-python", ">=3.8")
     entries = data.get("package")

@@ -6,18 +6,17 @@ from urllib.parse import quote
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.wiring import Declared, Release, Topic, record_release
 from casparian_flow.domain.errors import UsageError
+from casparian_flow.domain.lockfile import lock_problems
 from casparian_flow.domain.outputs import ANY_TOPIC, parse_sink_uri
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.manifest import (
     Manifest,
-    ManifestError,
     plugin_name,
     plugin_version,
     read_manifest,
 )
 from casparian_flow.trust.artifact import artifact_hash, environment_hash, release_json
 
-MAX_LOCKFILE_BYTES = 16 << 20
 MAX_PUBLISHER_CHARS = 200
 LOCAL_PUBLISHER = "local"
 _TAG_CHARS = 50
@@ -42,11 +41,10 @@ def prepare(
     """
     name, number = plugin_name(plugin), plugin_version(version)
     manifest = read_manifest(source_code, f"{name}.py")
-    if len(lockfile) > MAX_LOCKFILE_BYTES:
-        raise UsageError(f"the lock file is larger than {MAX_LOCKFILE_BYTES >> 20} MiB")
+    _check_lock(lockfile)
     if len(publisher) > MAX_PUBLISHER_CHARS or not (publisher or "x").isprintable():
         raise UsageError("the publisher's name is too long or has control characters")
-    digest = _artifact(source_code, lockfile, name, number)
+    digest = artifact_hash(source_code, lockfile, release_json(name, number))
     if expected_hash and expected_hash != digest:
         raise UsageError(
             f"the artifact hash of {name} {number} does not match its bytes: "
@@ -66,11 +64,13 @@ def prepare(
     )
 
 
-def _artifact(source_code: str, lockfile: str, name: str, version: str) -> str:
-    try:
-        return artifact_hash(source_code, lockfile, release_json(name, version))
-    except UnicodeEncodeError as error:
-        raise ManifestError(f"{name}.py: holds text that is not valid Unicode") from error
+def _check_lock(lockfile: str) -> None:
+    problems = lock_problems(lockfile) if lockfile else []
+    if problems:
+        raise UsageError(
+            "no worker could make an environment from the lock file: " + "; ".join(problems),
+            hint="Correct the plugin's pyproject.toml, run `uv lock`, and publish again.",
+        )
 
 
 def declare(plugin: str, manifest: Manifest) -> Declared:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from casparian_flow.domain.errors import UsageError
+from casparian_flow.domain.lockfile import LOCK_BYTES_MAX
 from casparian_flow.sentinel.api import ControlApi, Row
-from casparian_flow.services.architect import MAX_LOCKFILE_BYTES, prepare
+from casparian_flow.services.architect import prepare
 from casparian_flow.services.manifest import MAX_SOURCE_BYTES, plugin_name, read_manifest
 
 DEFAULT_VERSION = "1.0.0"
@@ -42,7 +43,7 @@ def publish(
         plugin=plugin_name(name or manifest.name or path.stem),
         version=version or manifest.version or DEFAULT_VERSION,
         source_code=source,
-        lockfile=_read_text(beside, MAX_LOCKFILE_BYTES) if beside.is_file() else "",
+        lockfile=_read_text(beside, LOCK_BYTES_MAX) if beside.is_file() else "",
         publisher=publisher,
     )
     return control.deploy(
