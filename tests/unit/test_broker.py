@@ -378,6 +378,16 @@ def test_a_lease_of_a_queue_of_its_own_runs_out_after_a_restart(owner: str) -> N
     assert bench.kinds == [JournalKind.RETURNED, JournalKind.LEASED]
 
 
+def test_a_plugin_that_no_worker_can_take_in_is_not_sent_for_ever() -> None:
+    bench = Bench(make_job(1), config=BrokerConfig(losses_max=3))
+    bench.worker()
+    for attempt in range(1, 5):
+        bench.say("w1", m.Conclude(token(1, attempt), "REJECTED", Reason.NEED_PLUGIN), 1)
+    assert bench.kinds == [JournalKind.FAILED]
+    assert bench.records[0].data is not None
+    assert bench.records[0].data["reason"] == Reason.NEED_PLUGIN
+
+
 def test_a_job_that_keeps_losing_its_worker_becomes_a_dead_letter() -> None:
     bench = Bench(make_job(1), config=BrokerConfig(losses_max=3))
     for n in range(4):

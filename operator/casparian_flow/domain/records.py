@@ -64,7 +64,7 @@ class Job:
     manifest: tuple[OutputEntry, ...] = ()
     created_us: int = 0
     losses: int = 0
-    """Workers lost while they held it; kept in memory only."""
+    """Workers lost while they held it, or that lacked its plugin; kept in memory only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class BrokerConfig:
     busy_pause_s: float = 0.5
     """A worker that gave a job back as busy gets nothing for this long."""
     losses_max: int = 25
-    """Times a job may lose its worker before it is a dead letter: it may be what kills them."""
+    """Times a job may lose its worker, or reach one that lacks its plugin, before it is a dead
+    letter: it may be what kills them."""
     breaker_failures: int = 5
     """Distinct jobs failing in a row that pause their plugin."""
     recover_retry_s: float = 5.0
@@ -590,8 +591,13 @@ class Broker:
         """The worker did not do it, through no fault of the job."""
         worker = self._let_go(job.job_id, self.leases[job.job_id])
         self.counters["jobs_rejected"] += 1
-        self._record(job, JournalKind.RETURNED, now, {"reason": reason})
-        self.queue.push(job)
+        # A worker that cannot take the plugin in would be sent it again without end.
+        job.losses += reason is Reason.NEED_PLUGIN
+        if job.losses > self.config.losses_max:
+            self._dead_letter(job, reason, f"given back {job.losses} times", now)
+        else:
+            self._record(job, JournalKind.RETURNED, now, {"reason": reason})
+            self.queue.push(job)
         if worker is None:
             return
         if reason is Reason.NEED_PLUGIN:
