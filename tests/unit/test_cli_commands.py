@@ -73,6 +73,15 @@ def casparian(
     return call
 
 
+@pytest.mark.parametrize("message", [None, "", " \n", "Traceback\n  why\n"])
+def test_a_message_without_a_word_in_it_can_be_listed_too(
+    casparian: Casparian, message: str | None
+) -> None:
+    outcome = casparian("jobs", list_jobs=[{**JOB, "error_message": message}])
+    assert outcome.code == 0
+    assert ("why" in outcome.out) == bool(message and message.strip())
+
+
 def test_jobs_are_shown_as_plain_columns_in_a_pipe_without_control_characters(
     casparian: Casparian,
 ) -> None:

@@ -5,6 +5,7 @@ import click
 from casparian_flow.cli.context import App, limit_option, output_option, pass_app
 from casparian_flow.cli.output import (
     Column,
+    last_line,
     many_lines,
     note,
     short_time,
@@ -27,18 +28,14 @@ JOB_COLUMNS = (
     Column("file_version_id", "VERSION ID", right=True),
     Column("attempt", "ATTEMPT", right=True),
     Column("reason", "REASON"),
-    Column(
-        "error_message", "MESSAGE", lambda v: str(v).strip().splitlines()[-1][:100] if v else ""
-    ),
+    Column("error_message", "MESSAGE", lambda v: last_line(v)[:100]),
 )
 DEAD_COLUMNS = (
     Column("job_id", "JOB", right=True),
     Column("plugin_name", "PLUGIN"),
     Column("rel_path", "FILE"),
     Column("reason", "REASON"),
-    Column(
-        "error_message", "MESSAGE", lambda v: str(v).strip().splitlines()[-1][:100] if v else ""
-    ),
+    Column("error_message", "MESSAGE", lambda v: last_line(v)[:100]),
     Column("created_at", "SINCE", short_time),
 )
 OUTPUT_COLUMNS = (

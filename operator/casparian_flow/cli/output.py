@@ -47,6 +47,16 @@ def many_lines(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+def last_line(value: Any) -> str:
+    """The last line of a message, which is where exceptions say what happened.
+
+    >>> last_line("Traceback …\\nValueError: no such column\\n")
+    'ValueError: no such column'
+    """
+    lines = str(value or "").strip().splitlines() or [""]
+    return lines[-1]
+
+
 def short_hash(value: Any) -> str:
     return str(value)[:12]
 

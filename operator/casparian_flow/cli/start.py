@@ -12,7 +12,7 @@ import click
 
 from casparian_flow.cli.context import App, pass_app
 from casparian_flow.cli.idle import IdleJudge
-from casparian_flow.cli.output import one_line
+from casparian_flow.cli.output import last_line, one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
 from casparian_flow.cli.services import metrics_option
 from casparian_flow.cli.status import jobs_line
@@ -318,7 +318,11 @@ class Run:
             return
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
-            self._scanned(json.loads(line))
+            try:
+                report = json.loads(line)
+            except ValueError:
+                continue  # cut short when its Scout was killed; the next one reports anew
+            self._scanned(report)
 
     def _scanned(self, report: Row) -> None:
         # A scan that failed says nothing of files still being written: there may be some.
@@ -408,10 +412,9 @@ class Run:
 
 
 def _failure_line(row: Row) -> str:
-    message = str(row.get("error_message") or "").strip().splitlines() or [""]
     return one_line(
         f"job {row['id']} FAILED: {row.get('plugin_name')} on {row.get('rel_path')}: "
-        f"{row.get('reason')}: {message[-1][:200]}"
+        f"{row.get('reason')}: {last_line(row.get('error_message'))[:200]}"
     )
 
 
