@@ -66,10 +66,6 @@ class BridgeError(Exception):
     """The other side broke the grammar above."""
 
 
-class BridgeClosedError(Exception):
-    """The other side is gone."""
-
-
 class Frame(NamedTuple):
     kind: Kind
     job: int

@@ -16,6 +16,7 @@ from casparian_flow.domain.contracts import Contract, parse_contract
 from casparian_flow.domain.errors import OutputRefusedError
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.outputs import (
+    OUTPUTS_MAX,
     TOPIC_PATTERN,
     OutputEntry,
     OutputKind,
@@ -26,9 +27,6 @@ from casparian_flow.domain.outputs import (
 from casparian_worker.lineage import Lineage, refuse_reserved
 from casparian_worker.sinks.base import JobRun, Sink, StageContext, StageWriter
 from casparian_worker.validate import ROW_ID_COLUMN, Validator
-
-OUTPUTS_MAX = 1000
-"""Outputs of one job; the Sentinel refuses longer manifests."""
 
 
 @lru_cache(maxsize=256)

@@ -42,7 +42,7 @@ from casparian_flow.domain.errors import require
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import parse_token
 from casparian_flow.domain.jobs import CompletionStatus
-from casparian_flow.domain.outputs import OutputEntry, metrics_of
+from casparian_flow.domain.outputs import OutputEntry, metrics_of, output_roots
 from casparian_flow.protocol import messages as m
 from casparian_worker.worker_events import (
     Began,
@@ -473,9 +473,7 @@ class WorkerState:
         parts = parse_token(token)
         if parts is None or parts.job_id != job_id or parts.ledger_id != self.ledger_id:
             self._unexpected(job_id, "RECOVER: the token does not name this job", "malformed")
-        elif any(
-            e.root_id not in ("", self.config.root_id) and _is_local(e) for e in recover.entries
-        ):
+        elif output_roots(recover.entries) - {self.config.root_id}:
             self._unexpected(job_id, "RECOVER: staged in another output root", "refused")
         elif len(self.attempts) >= self.config.held_max or not self._replace_older(
             job_id, parts.attempt
@@ -860,11 +858,6 @@ def conclusion_of(token: str, entries: Iterable[OutputEntry], log: str = "") -> 
 
 def _is_dropped(attempt: Attempt) -> bool:
     return attempt.abandoned or (attempt.phase is Phase.STOPPING and not attempt.return_reason)
-
-
-def _is_local(entry: OutputEntry) -> bool:
-    """Whether the entry's place is told by the output root rather than by a server."""
-    return not entry.uri.startswith("mssql:")
 
 
 def _spec_bytes(plugin: m.Plugin) -> int:

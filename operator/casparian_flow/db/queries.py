@@ -175,14 +175,6 @@ def list_dead_letters(connection: Connection, *, plugin: str | None, limit: int)
     )
 
 
-def job_counts(connection: Connection) -> dict[str, int]:
-    """Jobs by status; every status is there."""
-    found = connection.execute("SELECT status, count(*) FROM cf_processing_queue GROUP BY status")
-    counts = {status.value: 0 for status in JobStatus}
-    counts.update(found.fetchall())
-    return counts
-
-
 def standing(connection: Connection, now_us: int) -> Row:
     """The facts behind `status`' causes that only the ledger knows (sentinel/causes.py)."""
     (totals,) = rows(

@@ -75,18 +75,6 @@ SLICE = RowShape(
 
 LOG = RowShape("cf_job_log", {"job_id": "BIGINT", "attempt": "INTEGER", "log": "VARCHAR"})
 
-HEALTH = RowShape(
-    "cf_plugin_health",
-    {
-        "plugin_name": "VARCHAR",
-        "consecutive_failures": "INTEGER",
-        "paused": "BOOLEAN",
-        "reason": "VARCHAR",
-        "updated_at": "TIMESTAMP",
-    },
-)
-
-
 def queue_row(item: NewJob) -> tuple[Any, ...]:
     job = item.job
     return (

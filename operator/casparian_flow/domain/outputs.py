@@ -247,6 +247,10 @@ def sinks_for(topic: str, sinks: Iterable[SinkSpec]) -> list[SinkSpec]:
     return wild or [SinkSpec(topic, f"parquet://{quote(topic)}")]
 
 
+OUTPUTS_MAX = 1000
+"""Outputs of one job."""
+
+
 class OutputKind(StrEnum):
     OUTPUT = "output"
     QUARANTINE = "quarantine"
@@ -288,6 +292,11 @@ class OutputEntry:
     rows: int
     bytes: int
     sha256: str = ""
+
+
+def output_roots(entries: Iterable[OutputEntry]) -> set[str]:
+    """Ids of the output roots that whoever publishes these has to reach; a server's is none."""
+    return {e.root_id for e in entries if e.root_id and not e.uri.startswith("mssql:")}
 
 
 def _digest(*parts: str) -> str:

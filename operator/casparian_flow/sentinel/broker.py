@@ -34,9 +34,7 @@ from casparian_flow.domain.jobs import (
     JournalKind,
     check_transition,
 )
-from casparian_flow.domain.outputs import (
-    metrics_of,
-)
+from casparian_flow.domain.outputs import metrics_of, output_roots
 from casparian_flow.domain.records import (
     GrantOutcome,
     Health,
@@ -50,7 +48,7 @@ from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.leases import Lease, Observation, Worker
-from casparian_flow.sentinel.manifest_check import OUTPUTS_MAX, manifest_problem
+from casparian_flow.sentinel.manifest_check import manifest_problem
 from casparian_flow.sentinel.ready_queue import ReadyQueue
 
 MESSAGE_CHARS_MAX = 4000
@@ -332,7 +330,7 @@ class Broker:
         for job_id in sorted(self._orphans):
             lease = self.leases[job_id]
             job = self.jobs[job_id]
-            worker = self._publisher(job, now)
+            worker = self._publisher(job)
             if worker is None:
                 self._next_recover = now.mono + self.config.recover_retry_s
                 continue
@@ -342,9 +340,14 @@ class Broker:
             self._send(worker.identity, job_id, m.Recover(job.token, job.manifest))
             self.counters["jobs_recovered"] += 1
 
-    def _publisher(self, job: Job, now: Now) -> Worker | None:
-        roots = {entry.root_id for entry in job.manifest if not entry.uri.startswith("mssql:")}
-        able = [w for w in self.workers.values() if not w.draining and roots <= {w.root_id}]
+    def _publisher(self, job: Job) -> Worker | None:
+        roots = output_roots(job.manifest)
+        most = 2 * self.config.credit_max
+        able = [
+            w
+            for w in self.workers.values()
+            if not w.draining and roots <= {w.root_id} and len(w.held) < most
+        ]
         return min(able, key=lambda w: w.load) if able else None
 
     # -- messages of workers ----------------------------------------------------------------
@@ -913,7 +916,8 @@ class Broker:
                     held is not None and held.owner == worker.identity,
                     f"worker {worker.worker_id} holds job {job_id} without a lease",
                 )
-            require(len(worker.held) <= self.config.credit_max + OUTPUTS_MAX, "held is unbounded")
+            # Its credit, and grants of others that it publishes.
+            require(len(worker.held) <= 2 * self.config.credit_max, "held is unbounded")
 
 
 def _holder(job: Job) -> Identity | None:

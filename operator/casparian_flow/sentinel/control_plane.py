@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from casparian_flow import __version__
 from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
 from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.loading import load_counts
 from casparian_flow.domain.clock import Clock, Now
 from casparian_flow.domain.errors import (
     ConflictError,
@@ -33,6 +34,7 @@ from casparian_flow.domain.errors import (
 )
 from casparian_flow.domain.ids import JobId
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
+from casparian_flow.domain.outputs import output_roots
 from casparian_flow.domain.records import Job, PluginSpec
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.api import ChunkResult, FileFinding, Row, ScanReport
@@ -157,7 +159,7 @@ class ControlPlane:
         view = self._look(lambda core: _View(core, self._clock.now()))
         try:
             with self._reader() as connection:
-                counts = queries.job_counts(connection)
+                counts = {status.value: n for status, n in load_counts(connection).items()}
                 standing = queries.standing(connection, self._now_us())
             plugins, sources = self.list_plugins(), self.list_sources()
         except LedgerError as error:
@@ -549,7 +551,7 @@ def stuck_rows(broker: Broker) -> list[Row]:
 def orphan_rows(broker: Broker) -> list[Row]:
     """Granted jobs that nobody publishes: {job_id, root_ids}."""
     return [
-        {"job_id": int(job_id), "root_ids": sorted({o.root_id for o in job.manifest if o.root_id})}
+        {"job_id": int(job_id), "root_ids": sorted(output_roots(job.manifest))}
         for job_id, lease in sorted(broker.leases.items())
         if lease.owner is None
         and not lease.stuck

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.outputs import (
+    OUTPUTS_MAX,
     OutputEntry,
     SinkMode,
     output_key,
@@ -13,9 +14,6 @@ from casparian_flow.domain.outputs import (
     slice_key,
 )
 from casparian_flow.domain.records import Job, PluginSpec
-
-OUTPUTS_MAX = 1000
-"""Outputs one job may stage."""
 
 
 def manifest_problem(
