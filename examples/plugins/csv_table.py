@@ -23,12 +23,14 @@ MANIFEST = PluginMetadata(
 
 class Handler(BasePlugin):
     def execute(self, file_path: str) -> None:
-        reader = csv.open_csv(
-            file_path,
-            read_options=csv.ReadOptions(block_size=4 << 20, encoding=encoding_of(file_path)),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-        )
-        self.publish(topic_of(file_path), reader)
+        # Opened by Python, which takes names that are no UTF-8 too.
+        with open(file_path, "rb") as file:
+            reader = csv.open_csv(
+                file,
+                read_options=csv.ReadOptions(block_size=4 << 20, encoding=encoding_of(file_path)),
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+            )
+            self.publish(topic_of(file_path), reader)
 
 
 def encoding_of(path: str) -> str:

@@ -135,6 +135,8 @@ def test_a_plugin_that_paused_itself_is_explained(flow: Flow) -> None:
     for number in range(4):
         flow.write(f"inbox/{number}.csv", f"a\n{number}\n")
     flow.work_off(code=1)
+    flow.write("inbox/one-more.csv", "a\n5\n")
+    flow.run("scan")
     said = causes(flow)
     assert "plugin sales is paused" in said
     assert "casparian plugin resume sales" in said

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from acceptance_kit import REPOSITORY
 
+from casparian_flow import __version__
+
 UV = str(REPOSITORY / ".venv" / "bin" / "uv")
 
 
@@ -46,6 +48,11 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel: Path) -> None:
         "casparian_worker",
     }
     assert "casparian_flow/py.typed" in names
+
+
+def test_the_code_and_the_distribution_agree_on_the_version() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
 
 
 def test_the_pinned_uv_is_the_locked_one() -> None:
