@@ -24,9 +24,13 @@ def artifact_hash(source: str, lockfile: str = "", manifest_json: str = "") -> s
         ARTIFACT_LABEL,
         *(t.encode("utf-8", "surrogatepass") for t in (source, lockfile, manifest_json)),
     ):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
+        digest.update(framed(part))
     return digest.hexdigest()
+
+
+def framed(part: bytes) -> bytes:
+    """The part behind its length as eight big-endian bytes."""
+    return len(part).to_bytes(8, "big") + part
 
 
 def environment_hash(lockfile: str) -> str:

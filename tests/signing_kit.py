@@ -1,0 +1,41 @@
+"""Signed plugins for tests: a key thrown away with the process, and a policy that trusts it."""
+
+import textwrap
+
+from casparian_flow.trust import keys
+from casparian_flow.trust.bundle import Bundle, make_bundle, pack
+from casparian_flow.trust.envelope import sign, statement_of
+from casparian_flow.trust.policy import TrustedKey, TrustPolicy, trust_only
+
+SIGNER = "tests"
+WALL_US = 1_760_000_000_000_000
+KEY = keys.generate()
+
+
+def signed(
+    source: str, name: str = "under_test", version: str = "1.0.0", lockfile: str = ""
+) -> Bundle:
+    """A plugin version signed with KEY; the source is dedented."""
+    bundle = make_bundle(name, version, textwrap.dedent(source), lockfile)
+    statement = statement_of(bundle, publisher=SIGNER, now_us=WALL_US)
+    return bundle.with_envelope(sign(statement, KEY))
+
+
+def signed_bundle(
+    source: str, name: str = "under_test", version: str = "1.0.0", lockfile: str = ""
+) -> bytes:
+    """The same as the bytes of a `.casparian` file."""
+    return pack(signed(source, name, version, lockfile))
+
+
+def policy() -> TrustPolicy:
+    """Trusts KEY for everything, always."""
+    return trust_only(KEY.public_key(), SIGNER)
+
+
+def policy_for(key: TrustedKey, **others: object) -> TrustPolicy:
+    """Trusts one key under SIGNER's name, with the policy's other fields as given."""
+    return TrustPolicy((SIGNER,), {SIGNER: (key,)}, **others)  # type: ignore[arg-type]
+
+
+__all__ = ["KEY", "SIGNER", "WALL_US", "policy", "policy_for", "signed", "signed_bundle"]
