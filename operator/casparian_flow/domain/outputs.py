@@ -106,9 +106,10 @@ def parse_sink_uri(uri: str) -> SinkAddress:
     >>> parse_sink_uri("sqlite:///var/db/x.sqlite3").path
     '/var/db/x.sqlite3'
     """
-    if len(uri) > 2000 or any(ord(c) < 32 for c in uri):
-        raise UsageError(f"sink URI {uri[:80]!r} is too long or has control characters")
     scheme, separator, rest = uri.partition("://")
+    full, uri = uri, _told(uri)
+    if len(full) > 2000 or any(ord(c) < 32 for c in full):
+        raise UsageError(f"sink URI {uri[:80]!r} is too long or has control characters")
     if not separator or scheme not in SCHEMES:
         raise UsageError(
             f"sink URI {uri!r}: unknown scheme {scheme!r}",
@@ -153,6 +154,11 @@ def parse_sink_uri(uri: str) -> SinkAddress:
         compression,
         int(chunksize),
     )
+
+
+def _told(uri: str) -> str:
+    """A URI as messages and logs may show it: without what could be a password."""
+    return re.sub(r"//[^/?]*@", "//…@", uri.partition("?")[0])
 
 
 def parse_mode(text: str) -> SinkMode:
