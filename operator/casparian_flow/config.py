@@ -41,6 +41,9 @@ ENVIRONMENT_PREFIX = "CASPARIAN_"
 MAX_CONFIG_BYTES = 1 << 20
 ADDRESS_PATTERN = r"^tcp://[^\s/]+:\d{1,5}$"
 
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+"""Of every service."""
+
 log = logging.getLogger(__name__)
 
 

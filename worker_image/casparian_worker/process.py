@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
+from casparian_flow import __version__
 from casparian_flow.domain.clock import Clock, SystemClock
 from casparian_worker.mailbox import Mailbox
 from casparian_worker.metrics import WorkerCollector, serve_metrics
@@ -113,17 +113,10 @@ def _worker_config(
         lookahead=LOOKAHEAD,
         hostname=host,
         pid=os.getpid(),
-        version=_version(),
+        version=__version__,
         sandbox=dict(sandbox),
         drain_s=config.drain_s,
     )
-
-
-def _version() -> str:
-    try:
-        return version("casparian-flow")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @contextmanager

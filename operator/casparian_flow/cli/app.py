@@ -21,9 +21,8 @@ from casparian_flow.cli import (
     status,
 )
 from casparian_flow.cli.context import App
+from casparian_flow.config import LOG_FORMAT
 from casparian_flow.domain.errors import CasparianError
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong request or configuration, 4 not found,

@@ -11,10 +11,8 @@ import click
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import show_data
 from casparian_flow.cli.process import stop_on_signals
-from casparian_flow.config import Settings, overridden, worker_address
+from casparian_flow.config import LOG_FORMAT, Settings, overridden, worker_address
 from casparian_flow.sentinel.api import Row
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 metrics_option = click.option(
     "--metrics-port",

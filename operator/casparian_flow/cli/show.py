@@ -1,16 +1,13 @@
 """`casparian config show` and `casparian version`."""
 
 import platform
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as distribution_version
 
 import click
 
+from casparian_flow import __version__
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import show_data, show_table, to_json
 from casparian_flow.config import config_path, keys
-
-DISTRIBUTION = "casparian-flow"
 
 
 @click.group()
@@ -47,17 +44,10 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def program_version() -> str:
-    try:
-        return distribution_version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return "unknown (not installed)"
-
-
 @click.command()
 @output_option
 @pass_app
 def version(app: App) -> None:
     """Print the version."""
-    found = {"version": program_version(), "python": platform.python_version()}
+    found = {"version": __version__, "python": platform.python_version()}
     show_data(app, found, f"casparian {found['version']} (Python {found['python']})")

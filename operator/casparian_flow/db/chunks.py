@@ -130,7 +130,8 @@ def commit_chunk(
         raise UsageError(f"a chunk holds at most {CHUNK_FILES_MAX} files, got {len(findings)}")
     for finding in findings:
         _check(finding)
-    if len({f.rel_path for f in findings}) != len(findings):
+    origins = [f.renamed_from for f in findings if f.renamed_from]
+    if len({f.rel_path for f in findings}) != len(findings) or len(set(origins)) != len(origins):
         raise UsageError("a chunk names a file twice")
     if not findings:
         return ChunkResult(), []

@@ -63,15 +63,16 @@ def _compiled(
 
 
 def manual_tags(
-    connection: duckdb.DuckDBPyConnection, location_ids: Collection[int]
+    connection: duckdb.DuckDBPyConnection, location_ids: Collection[int] | None = None
 ) -> dict[int, dict[str, int]]:
-    """Tags that people gave to these locations, as `RuleSet.tags` has them."""
-    if not location_ids:
+    """Tags that people gave to these locations (None: to any), as `RuleSet.tags` has them."""
+    if location_ids is not None and not location_ids:
         return {}
     tags: dict[int, dict[str, int]] = {}
     rows = connection.execute(
-        "SELECT file_id, tag FROM cf_file_tag WHERE file_id IN (SELECT unnest($1::BIGINT[]))",
-        [list(location_ids)],
+        "SELECT file_id, tag FROM cf_file_tag "
+        "WHERE $1::BIGINT[] IS NULL OR file_id IN (SELECT unnest($1::BIGINT[]))",
+        [None if location_ids is None else list(location_ids)],
     ).fetchall()
     for location_id, tag in rows:
         tags.setdefault(location_id, {})[tag] = MANUAL_PRIORITY

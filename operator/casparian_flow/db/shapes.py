@@ -75,6 +75,7 @@ SLICE = RowShape(
 
 LOG = RowShape("cf_job_log", {"job_id": "BIGINT", "attempt": "INTEGER", "log": "VARCHAR"})
 
+
 def queue_row(item: NewJob) -> tuple[Any, ...]:
     job = item.job
     return (

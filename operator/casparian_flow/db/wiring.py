@@ -15,6 +15,7 @@ from casparian_flow.db.fanout import (
     Wanted,
     enqueue,
     load_rule_set,
+    manual_tags,
     merged_tags,
 )
 from casparian_flow.db.ledger import Ledger
@@ -558,7 +559,7 @@ def _missing(
     connection: Connection, plugin: str, manifest_id: int, *, force: bool
 ) -> tuple[list[Wanted], list[str]]:
     rules = load_rule_set(connection)
-    manual = _all_manual_tags(connection)
+    manual = manual_tags(connection)
     wanted, gone = [], []
     for row in _versions_of(connection, plugin, manifest_id):
         version_id, location_id, path, seq, current, deleted, jobs, generation = row
@@ -605,10 +606,3 @@ def _versions_of(
         """,
         [plugin, manifest_id],
     ).fetchall()
-
-
-def _all_manual_tags(connection: Connection) -> dict[int, dict[str, int]]:
-    tags: dict[int, dict[str, int]] = {}
-    for location_id, tag in connection.execute("SELECT file_id, tag FROM cf_file_tag").fetchall():
-        tags.setdefault(location_id, {})[tag] = MANUAL_PRIORITY
-    return tags

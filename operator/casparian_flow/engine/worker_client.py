@@ -14,7 +14,13 @@ from pathlib import Path
 
 import click
 
-from casparian_flow.config import Settings, load_settings, overridden, worker_address
+from casparian_flow.config import (
+    LOG_FORMAT,
+    Settings,
+    load_settings,
+    overridden,
+    worker_address,
+)
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, UsageError
 from casparian_worker.process import ProcessConfig, run
@@ -22,8 +28,6 @@ from casparian_worker.runtime import PluginRuntime, SandboxPolicy
 from casparian_worker.sinks.base import MssqlSettings
 
 log = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def run_worker(settings: Settings, *, address: str, worker_id: str = "") -> int:
