@@ -126,3 +126,42 @@ def ledger_import(app: App, folder: Path) -> None:
     finally:
         ledger_file.close()
     show_data(app, {"ledger": str(location), "tables": tables}, f"imported into {location}")
+
+
+@ledger.command("repair")
+@output_option
+@pass_app
+def ledger_repair(app: App) -> None:
+    """Go on with a damaged or outdated ledger, without what is lost of it.
+
+    For a ledger that is refused at the start and of which there is no better copy. The files are
+    first copied into a folder beside them. Jobs whose end was lost run again, and what they had
+    published already may then be there twice. No Sentinel may run.
+    """
+    from casparian_flow.db.repair import repair
+
+    location = app.settings.database.db_location
+    done = repair(location, SystemClock())
+    if done.kept is None:
+        text = f"{location} opens as it is; nothing was changed"
+    else:
+        lost = (
+            f"{done.lost} acknowledged commits are lost" if done.lost else "nothing known is lost"
+        )
+        text = (
+            f"{location} can be used again, from {done.used}: {lost}\n"
+            f"the files as they were are in {done.kept}\n"
+            "now run 'casparian scan', so that what was seen since is seen again"
+        )
+    show_data(
+        app,
+        {
+            "ledger": str(location),
+            "ends_at": done.ends_at,
+            "acknowledged": done.acknowledged,
+            "lost": done.lost,
+            "used": done.used,
+            "kept": None if done.kept is None else str(done.kept),
+        },
+        text,
+    )

@@ -22,6 +22,7 @@ from sqlalchemy.pool import NullPool
 
 from casparian_flow.db import opening
 from casparian_flow.db.engine_errors import open_error
+from casparian_flow.db.highwater import check_mark
 from casparian_flow.db.ledger import Ledger, open_ledger_at
 from casparian_flow.db.snapshot import open_and_unlink
 from casparian_flow.db.sqlcompat import complete_group_by
@@ -94,15 +95,16 @@ class _Connector:
         # Two first connections at once must not both make the tables.
         with self._opening:
             try:
-                connection = opening.connect(self._path, create=True)
+                opened = opening.connect(self._path, create=True)
             except LedgerLockedError as locked:
                 return self._open_snapshot(locked)
             try:
-                opening.prepare(connection, self._path, SystemClock())
+                ledger_id = opening.prepare(opened.connection, self._path, SystemClock())
+                check_mark(self._path, ledger_id, opening.read_tail(opened.connection).seq)
             except BaseException:
-                connection.close()
+                opened.abandon(put_back=True)
                 raise
-            return connection
+            return opened.connection
 
     def _open_snapshot(self, locked: LedgerLockedError) -> duckdb.DuckDBPyConnection:
         try:

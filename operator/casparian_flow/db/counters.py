@@ -1,8 +1,33 @@
-"""Ids from the single writer's counters: no gaps where a sequence would leave them."""
+"""Ids from the single writer's counters: no gaps where a sequence would leave them.
+
+The one gap there may be is made on purpose: a ledger whose newest commits may be lost must not
+give their ids to other jobs and files, because outputs, fences and workers still bear them.
+"""
+
+from typing import Final
 
 import duckdb
 
 from casparian_flow.db.schema import ID_TABLES
+
+ID_LEAP: Final = 1_000_000
+EPOCH_LEAP: Final = 1_000
+_FIRST: Final = "first_id:"
+
+
+def leap(connection: duckdb.DuckDBPyConnection) -> None:
+    """Within the open transaction, put ids and epochs out of reach of what may be lost."""
+    for table in ID_TABLES:
+        connection.execute(
+            f"INSERT OR REPLACE INTO cf_meta SELECT $1, (greatest(coalesce(max(id), 0), "
+            "coalesce((SELECT value::BIGINT FROM cf_meta WHERE key = $1), 0)) + $2)::VARCHAR "
+            f"FROM {table}",
+            [_FIRST + table, ID_LEAP],
+        )
+    connection.execute(
+        "UPDATE cf_meta SET value = (value::BIGINT + $1)::VARCHAR WHERE key = 'epoch'",
+        [EPOCH_LEAP],
+    )
 
 
 class Counters:
@@ -13,10 +38,17 @@ class Counters:
         self._saved: dict[str, int] = dict(self._next)
 
     def seed(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Start after the largest ids that are in the tables."""
+        """Start after the largest ids that are in the tables, and after a leap."""
         largest = " UNION ALL ".join(f"SELECT '{t}', max(id) FROM {t}" for t in ID_TABLES)
         for table, top in connection.execute(largest).fetchall():
             self._next[table] = (top or 0) + 1
+        leaps = connection.execute(
+            "SELECT key, value FROM cf_meta WHERE starts_with(key, $1)", [_FIRST]
+        ).fetchall()
+        for key, first in leaps:
+            table = key.removeprefix(_FIRST)
+            if table in self._next:  # a ledger imported from another version may name more
+                self.reach(table, int(first) - 1)
         self.commit()
 
     def peek(self, table: str) -> int:

@@ -18,6 +18,10 @@ from casparian_flow.domain.errors import (
 _PID = re.compile(r"\(PID (\d+)\)")
 _SQLITE_MAGIC = b"SQLite format 3\0"
 
+_RESTORE_HINT = (
+    "Keep the file and its .wal as they are, and restore both from a backup; "
+    "`casparian ledger repair` can mend the log only."
+)
 _COMMIT_CAUSES: tuple[tuple[str, str, str], ...] = (
     ("No space left on device", "the disk is full", "Free space on the ledger's disk."),
     ("Disk quota exceeded", "the disk quota is used up", "Free space or raise the quota."),
@@ -26,6 +30,11 @@ _COMMIT_CAUSES: tuple[tuple[str, str, str], ...] = (
     ("read-only mode", "the ledger is open read-only", "Open it for writing."),
     ("Permission denied", "writing is not permitted", "Check the owner and mode of the file."),
     ("Input/output error", "the disk reports an I/O error", "Check the disk before going on."),
+    (
+        "Corrupt database file",
+        "the ledger's file is damaged",
+        "Stop the Sentinel and restore the ledger from a backup.",
+    ),
     ("Out of Memory", "the memory limit is used up", "Raise the ledger's memory limit."),
 )
 
@@ -42,6 +51,27 @@ def commit_error(error: duckdb.Error, outcome_unknown: bool) -> LedgerUnavailabl
         cause += ", and whether it reached the disk is unknown"
         hint += " The ledger has to be opened anew."
     return LedgerUnavailableError(f"commit failed: {cause} ({_first_line(text)})", hint=hint)
+
+
+def read_error(path: Path | None, error: duckdb.Error) -> LedgerError:
+    """What a failed read means."""
+    text = str(error)
+    if "Corrupt database file" in text or "Could not read enough bytes" in text:
+        return LedgerCorruptError(
+            f"ledger {path} is damaged: {_first_line(text)}", hint=_RESTORE_HINT
+        )
+    return LedgerUnavailableError(
+        f"the ledger cannot be read: {_first_line(text)}",
+        hint="Look at the disk and at the memory limit, then repeat this.",
+    )
+
+
+def side_file_error(path: Path, error: OSError) -> LedgerUnavailableError:
+    """Why the sidecar or the folder of the ledger at `path` cannot be used."""
+    return LedgerUnavailableError(
+        f"ledger {path}: {error}",
+        hint="Free space, or check the owner and mode of the folder and the files beside it.",
+    )
 
 
 def is_fatal(error: duckdb.Error) -> bool:
@@ -89,11 +119,17 @@ def _file_error(path: Path, text: str) -> LedgerError:
             f"ledger {path} cannot be opened for writing: {_first_line(text)}",
             hint="Check the owner and mode of the file and its folder, or choose another place.",
         )
-    if "No space left" in text:
-        return LedgerUnavailableError(f"ledger {path}: the disk is full", hint="Free space.")
+    for needle, cause, hint in _COMMIT_CAUSES:
+        if needle in text and needle != "Corrupt database file":
+            return LedgerUnavailableError(f"ledger {path}: {cause}", hint=hint)
+    if "WAL" in text:
+        return LedgerCorruptError(
+            f"ledger {path}: its write-ahead log is damaged: {_first_line(text)}",
+            hint="Restore the ledger from a backup, or go on with what can be read by "
+            "`casparian ledger repair`.",
+        )
     return LedgerCorruptError(
-        f"ledger {path} cannot be opened: {_first_line(text)}",
-        hint="Keep the file and its .wal as they are, and restore both from a backup.",
+        f"ledger {path} cannot be opened: {_first_line(text)}", hint=_RESTORE_HINT
     )
 
 

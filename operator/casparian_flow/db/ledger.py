@@ -24,17 +24,22 @@ import duckdb
 import pyarrow as pa
 
 from casparian_flow.db import check, exchange, folding, loading, opening, shapes, snapshot
-from casparian_flow.db.counters import Counters
-from casparian_flow.db.engine_errors import commit_error, is_fatal
+from casparian_flow.db.counters import EPOCH_LEAP, ID_LEAP, Counters, leap
+from casparian_flow.db.engine_errors import (
+    commit_error,
+    is_fatal,
+    open_error,
+    read_error,
+    side_file_error,
+)
 from casparian_flow.db.grants import SliceHead, advance, judge, sliced
 from casparian_flow.db.guard import CODE, StatusMap
-from casparian_flow.db.highwater import HighWater
+from casparian_flow.db.highwater import HighWater, check_mark, sidecar_path
 from casparian_flow.db.journal import Folded, encode_data, fold_into
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import (
     ConflictError,
     InvariantError,
-    LedgerCorruptError,
     LedgerLockedError,
     LedgerUnavailableError,
     UsageError,
@@ -172,25 +177,43 @@ class Ledger:
 
     def _open(self) -> None:
         self.must_reopen = False
+        self._highwater: HighWater | None = None
         if self.path is None:
             self._connection = duckdb.connect(":memory:")
-        else:
-            self._connection = opening.connect(self.path, create=self._create)
-        self._highwater: HighWater | None = None
-        try:
             self._settings()
             self._reload()
-        except BaseException:
-            self._release()
+            return
+        opened = opening.connect(self.path, create=self._create)
+        self._connection = opened.connection
+        sound = False
+        try:
+            self._settings()
+            self._identify()
+            check_mark(self.path, self.ledger_id, self._seq)
+            self._highwater = HighWater(sidecar_path(self.path), self.ledger_id)
+            sound = True
+            self._require_mark()
+            self._read_state()
+            self._checkpoint()
+        except BaseException as error:
+            opened.abandon(put_back=not sound)
+            self._close_sidecar()
+            if isinstance(error, duckdb.Error):
+                raise open_error(self.path, error) from error
+            if isinstance(error, OSError):
+                raise side_file_error(self.path, error) from error
             raise
         self._create = False
-        self._checkpoint()
 
     def _reload(self) -> None:
         """Take the whole state in memory from the tables."""
-        self.ledger_id = opening.prepare(self._connection, self.path, self._clock)
-        self._check_highwater()
+        self._identify()
         self._read_state()
+
+    def _identify(self) -> None:
+        self.ledger_id = opening.prepare(self._connection, self.path, self._clock)
+        tail = opening.read_tail(self._connection)
+        self.epoch, self._seq, self._folded_seq = tail.epoch, tail.seq, tail.folded_seq
 
     def _settings(self) -> None:
         for setting in (
@@ -204,25 +227,24 @@ class Ledger:
         ):
             self._connection.execute(f"SET {setting}")
 
-    def _check_highwater(self) -> None:
-        meta = dict(self._connection.execute("SELECT key, value FROM cf_meta").fetchall())
-        self.epoch = int(meta["epoch"])
-        row = self._connection.execute("SELECT max(seq) FROM cf_journal").fetchone()
-        self._seq = max(int(row[0] or 0) if row else 0, int(meta["transaction_seq"]))
-        self._folded_seq = int(meta["folded_seq"])
-        if self.path is None:
+    def _require_mark(self) -> None:
+        """Make the mark that a ledger lacks, and be careful if it is no new one."""
+        if self._highwater is None or not self._highwater.unknown:
             return
-        sidecar = self.path.with_name(self.path.name + ".hwm")
-        if self._seq == 0:
-            # A new ledger where an old one was deleted: its marks mean nothing here.
-            sidecar.unlink(missing_ok=True)
-        self._highwater = HighWater(sidecar, self.ledger_id)
-        if self._highwater.mark > self._seq:
-            raise LedgerCorruptError(
-                f"ledger {self.path} ends at {self._seq}, but {self._highwater.mark} was "
-                "acknowledged: its write-ahead log is damaged, or an older copy was restored",
-                hint=f"Restore the newest copy. To go on without what is lost, delete {sidecar}.",
+        if self._seq:
+            opening.require_one_history(self._connection, self.path)
+            log.warning(
+                "the high-water mark of %s is missing: whether acknowledged commits are lost "
+                "cannot be known; ids go on %d further, so that none is given twice",
+                self.path,
+                ID_LEAP,
             )
+            self._begin()
+            leap(self._connection)
+            self._mark_transaction()
+            self._end()
+            self.epoch += EPOCH_LEAP
+        self._highwater.write(self._seq)
 
     def _read_state(self) -> None:
         self._counters = Counters()
@@ -269,7 +291,11 @@ class Ledger:
         """
         with self._lock:
             self._release()
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                self.must_reopen = True
+                raise
 
     def recover(self) -> None:
         """Make the ledger usable again after a failed commit.
@@ -297,6 +323,9 @@ class Ledger:
 
     def _release(self) -> None:
         self._connection.close()
+        self._close_sidecar()
+
+    def _close_sidecar(self) -> None:
         if self._highwater is not None:
             self._highwater.close()
 
@@ -317,6 +346,22 @@ class Ledger:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Up-to-date tables, and what damage of the file means.
+
+        Raises:
+            LedgerCorruptError, LedgerUnavailableError: they cannot be read.
+        """
+        with self._lock:
+            self.fold()
+            try:
+                yield
+            except duckdb.Error as error:
+                if isinstance(error, _OWN_FAULTS):
+                    raise
+                raise read_error(self.path, error) from error
+
     # -- the broker's side --------------------------------------------------------------------
 
     def begin_epoch(self) -> int:
@@ -334,8 +379,7 @@ class Ledger:
 
     def load(self, page: int, limits: Limits | None = None) -> LedgerState:
         """Everything that the broker is rebuilt from; QUEUED jobs only up to `page`."""
-        with self._lock:
-            self.fold()
+        with self._reading():
             active = loading.select_jobs(
                 self._connection, "status IN ('DISPATCHING', 'RUNNING', 'STAGED')", []
             )
@@ -359,8 +403,7 @@ class Ledger:
         Jobs scheduled for later are among them; see their `not_before_us`.
         """
         priority, job_id = after
-        with self._lock:
-            self.fold()
+        with self._reading():
             jobs = loading.select_jobs(
                 self._connection,
                 "status = 'QUEUED' AND (priority < $1 OR (priority = $1 AND id > $2))",
@@ -582,6 +625,12 @@ class Ledger:
     # -- folding and checkpoints --------------------------------------------------------------
 
     @property
+    def history_end(self) -> int:
+        """Sequence number of the newest commit."""
+        with self._lock:
+            return self._seq
+
+    @property
     def fold_due(self) -> bool:
         """Whether so much is unfolded that a fold should not wait for an idle moment."""
         return self._unfolded >= FOLD_ENTRIES
@@ -718,8 +767,7 @@ class Ledger:
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Run one SELECT over up-to-date tables; rows as dicts by column name."""
-        with self._lock:
-            self.fold()
+        with self._reading():
             cursor = self._connection.execute(sql, list(parameters))
             names = [column[0] for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
@@ -780,8 +828,7 @@ class Ledger:
 
     def check(self) -> list[str]:
         """Broken rules between tables, one line each; empty when sound."""
-        with self._lock:
-            self.fold()
+        with self._reading():
             return check.violations(self._connection)
 
     def export_to(self, directory: str | Path) -> dict[str, int]:
@@ -791,8 +838,7 @@ class Ledger:
             ConflictError: the folder is not empty.
             LedgerUnavailableError: it could not be written.
         """
-        with self._lock:
-            self.fold()
+        with self._reading():
             try:
                 return exchange.export_tables(self._connection, Path(directory), self.ledger_id)
             except duckdb.IOException as error:
@@ -829,9 +875,13 @@ class Ledger:
                 self._end()
             except BaseException as error:  # noqa: BLE001 - _fail raises it again
                 self._fail(error)
-            if self._highwater is not None:
-                self._highwater.remove()
             self._reload()
+            if self.path is not None and self._highwater is not None:
+                # The sidecar still belongs to the ledger that this one was.
+                self._highwater.close()
+                sidecar_path(self.path).unlink()
+                self._highwater = HighWater(sidecar_path(self.path), self.ledger_id)
+                self._highwater.write(self._seq)
             return result
 
     # -- small helpers ------------------------------------------------------------------------
@@ -887,7 +937,7 @@ class Ledger:
             raise error
         if is_fatal(error):
             self.must_reopen = True
-        raise commit_error(error, self.must_reopen) from error
+        raise commit_error(error, outcome_unknown=self.must_reopen) from error
 
 
 _OWN_FAULTS = (

@@ -1,9 +1,11 @@
 """Opening the ledger's file: first run, refusals, and repair of a torn write-ahead log."""
 
+import contextlib
 import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +13,7 @@ import duckdb
 
 from casparian_flow.db import schema
 from casparian_flow.db.engine_errors import open_error
+from casparian_flow.db.highwater import newest_mark, sidecar_path
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import (
     LedgerCorruptError,
@@ -33,31 +36,80 @@ _ENTRY_HEADER_BYTES: Final = 16
 """Size and checksum, eight bytes each."""
 
 
-def connect(path: Path, *, create: bool) -> duckdb.DuckDBPyConnection:
-    """Open the file for writing, mending a zero-filled end of its write-ahead log.
+@dataclass(slots=True)
+class Opened:
+    """A connection to the ledger's file, which may still turn out to be unusable.
+
+    Attributes:
+        mended: the write-ahead log as it was, if its end had to be cut off.
+    """
+
+    path: Path
+    connection: duckdb.DuckDBPyConnection
+    mended: Path | None = None
+
+    def abandon(self, *, put_back: bool) -> None:
+        """Close without changing anything.
+
+        Args:
+            put_back: restore a cut log; only while nothing has been checkpointed.
+        """
+        close_untouched(self.connection)
+        if put_back and self.mended is not None:
+            os.replace(self.mended, wal_path(self.path))
+
+
+def connect(path: Path, *, create: bool) -> Opened:
+    """Open the file for writing, cutting a torn end off its write-ahead log.
 
     Raises:
         NotFoundError: there is no file and `create` is false.
         LedgerError: it cannot be opened; the subclass and hint tell what to do.
     """
-    if not path.exists():
-        if not create:
-            raise NotFoundError(
-                f"there is no ledger at {path}",
-                hint="Start the Sentinel once, or run `casparian init`.",
-            )
+    created = not path.exists()
+    if created:
+        _require_new_place(path, create=create)
         log.info("creating a new ledger (a DuckDB database) at %s", path)
     try:
-        return duckdb.connect(str(path), config=dict(CONNECT_CONFIG))
+        opened = Opened(path, duckdb.connect(str(path), config=dict(CONNECT_CONFIG)))
+        if created:
+            # A ledger that was deleted had its own marks; they mean nothing here.
+            sidecar_path(path).unlink(missing_ok=True)
+        return opened
     except duckdb.Error as error:
         copy = mend_wal(path, str(error))
         if copy is None:
             raise open_error(path, error) from error
     try:
-        return duckdb.connect(str(path), config=dict(CONNECT_CONFIG))
+        connection = duckdb.connect(str(path), config=dict(CONNECT_CONFIG))
     except duckdb.Error as error:
         os.replace(copy, wal_path(path))
         raise open_error(path, error) from error
+    return Opened(path, connection, copy)
+
+
+def _require_new_place(path: Path, *, create: bool) -> None:
+    if wal_path(path).exists():
+        raise LedgerCorruptError(
+            f"the ledger {path} is missing, but its write-ahead log is there",
+            hint="Restore the file from a backup; for a new ledger move "
+            f"{wal_path(path).name} away.",
+        )
+    if not create:
+        raise NotFoundError(
+            f"there is no ledger at {path}",
+            hint="Start the Sentinel once, or run `casparian init`.",
+        )
+
+
+def close_untouched(connection: duckdb.DuckDBPyConnection) -> None:
+    """Close a database that is not to be used, leaving file and write-ahead log as they are.
+
+    An ordinary close would checkpoint: what could be read of a damaged log would replace it.
+    """
+    with contextlib.suppress(duckdb.Error):  # it closes all the same
+        connection.execute("PRAGMA disable_checkpoint_on_shutdown")
+    connection.close()
 
 
 def wal_path(path: Path) -> Path:
@@ -65,12 +117,12 @@ def wal_path(path: Path) -> Path:
 
 
 def mend_wal(path: Path, message: str) -> Path | None:
-    """Cut a zero-filled tail off the write-ahead log, keeping the original beside it.
+    """Cut the write-ahead log where DuckDB stops to understand it, keeping the original beside it.
 
-    A file system that had allocated but not written the last blocks before power was lost
-    leaves zeros there. Nothing in them was ever acknowledged. The cut is made where DuckDB stops
-    to understand the log, and only if nothing but zeros follows; the high-water mark then shows
-    whether anything acknowledged is missing.
+    When power is lost within a commit, a file system may leave the log with its new length but
+    without all of its new bytes. What is cut off was never acknowledged if nothing but zeros
+    follows the cut, or if the high-water mark says so. The mark is compared after the opening; the
+    log is cut here only if there is a mark.
 
     Args:
         message: DuckDB's error.
@@ -79,25 +131,31 @@ def mend_wal(path: Path, message: str) -> Path | None:
         The copy of the log as it was, None if nothing was cut.
     """
     wal = wal_path(path)
-    found = _CORRUPT_AT.search(message)
-    if found is None or not wal.is_file():
+    cut = readable_bytes(message)
+    if cut is None or not wal.is_file():
         return None
-    # DuckDB reports the position behind the header of the entry that it cannot read.
-    cut = int(found[1]) - _ENTRY_HEADER_BYTES
     size = wal.stat().st_size
-    if not _end_of_data(wal) <= cut < size:
+    if cut >= size or (cut < _end_of_data(wal) and not newest_mark(sidecar_path(path))[1]):
         return None
     copy = wal.with_name(f"{wal.name}.damaged-{size}")
     shutil.copy2(wal, copy)
     os.truncate(wal, cut)
     log.warning(
-        "the write-ahead log of %s ended in %d zero bytes; kept a copy as %s and cut it at %d",
+        "the write-ahead log of %s ended in %d bytes that cannot be read; kept a copy as %s and "
+        "cut it at %d",
         path,
         size - cut,
         copy.name,
         cut,
     )
     return copy
+
+
+def readable_bytes(message: str) -> int | None:
+    """How much of a write-ahead log DuckDB could read, by its error; None if it does not say."""
+    found = _CORRUPT_AT.search(message)
+    # DuckDB reports the position behind the header of the entry that it cannot read.
+    return int(found[1]) - _ENTRY_HEADER_BYTES if found else None
 
 
 def _end_of_data(wal: Path, block: int = 1 << 20) -> int:
@@ -152,6 +210,37 @@ def prepare(connection: duckdb.DuckDBPyConnection, path: Path | None, clock: Clo
             f"ledger {path} has no ledger id", hint="Restore it from a backup."
         )
     return str(ledger_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """How far a ledger goes: sequence numbers of the newest commit and of the last fold."""
+
+    epoch: int
+    seq: int
+    folded_seq: int
+
+
+def read_tail(connection: duckdb.DuckDBPyConnection) -> Tail:
+    meta = dict(connection.execute("SELECT key, value FROM cf_meta").fetchall())
+    row = connection.execute("SELECT max(seq) FROM cf_journal").fetchone()
+    seq = max(int(row[0] or 0) if row else 0, int(meta["transaction_seq"]))
+    return Tail(int(meta["epoch"]), seq, int(meta["folded_seq"]))
+
+
+def require_one_history(connection: duckdb.DuckDBPyConnection, path: Path | None) -> None:
+    """Refuse a file to which an older write-ahead log was applied once more.
+
+    Raises:
+        LedgerCorruptError: entries of the journal are there twice.
+    """
+    row = connection.execute("SELECT count(*) - count(DISTINCT seq) FROM cf_journal").fetchone()
+    if row and row[0]:
+        raise LedgerCorruptError(
+            f"ledger {path}: its write-ahead log is older than its file",
+            hint="Restore file and log from the same backup, or go on with the file alone by "
+            "`casparian ledger repair`.",
+        )
 
 
 def _create(connection: duckdb.DuckDBPyConnection, clock: Clock) -> None:
