@@ -17,7 +17,7 @@ from casparian_flow.domain.errors import SentinelUnreachableError
 from casparian_flow.sentinel.control import ControlClient, remote
 from casparian_flow.sentinel.paths import control_address
 
-POLL_S = 0.01
+POLL_S = 0.05
 """Between looks at the workers' counts; they are in memory, so looking costs the ledger nothing."""
 WorkerKind = Literal["noop", "plugin"]
 _CONFIG = """\

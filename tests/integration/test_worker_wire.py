@@ -92,10 +92,20 @@ def test_a_job_goes_through_the_wire_and_back(start: Start) -> None:
         worker = sentinel.wait_for_worker()
         sentinel.send(worker, 0, plugin())
         sentinel.send(worker, 1, dispatch(sentinel, 1))
-        assert sentinel.expect(m.DispatchAck).token == sentinel.token(1)
         conclusion = sentinel.expect(m.Conclude)
         assert (conclusion.token, conclusion.status) == (sentinel.token(1), "SUCCESS")
         sentinel.send(worker, 0, m.ConcludeAck([sentinel.token(1)]))
+
+
+def test_a_job_that_ends_at_once_needs_no_dispatch_ack(start: Start) -> None:
+    with ScriptedSentinel() as sentinel:
+        start(sentinel.address)
+        worker = sentinel.wait_for_worker()
+        jobs = [(n, dispatch(sentinel, n)) for n in range(1, 101)]
+        sentinel.send_batch(worker, [(0, plugin()), *jobs])
+        for _ in range(100):
+            sentinel.expect(m.Conclude)
+        assert not any(isinstance(message, m.DispatchAck) for _, _, message in sentinel.seen)
 
 
 def test_a_hostname_instead_of_an_address_connects(start: Start) -> None:

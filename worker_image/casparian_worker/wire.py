@@ -115,7 +115,9 @@ class Wire:
         except UsageError:
             self._context.destroy(linger=0)
             raise
-        self._outgoing: list[Frame] = []
+        self._outgoing: list[Frame | None] = []
+        self._unsent_acks: dict[str, int] = {}
+        """Token → place in `_outgoing` of its DISPATCH_ACK."""
         self._exit = False
         self._contact = False
         self._remind_at: float | None = None
@@ -197,11 +199,19 @@ class Wire:
             log.error("%s of %d bytes is too large to send", frame.op.name, len(frame.payload))
             return
         self._outgoing.append(frame)
+        token = getattr(send.message, "token", "")
+        if isinstance(send.message, m.DispatchAck):
+            self._unsent_acks[token] = len(self._outgoing) - 1
+        elif token in self._unsent_acks:
+            # What follows says that the plugin has begun; short jobs need no message for that.
+            self._outgoing[self._unsent_acks.pop(token)] = None
 
     def _flush(self) -> None:
         if not self._outgoing:
             return
-        outgoing, self._outgoing = self._outgoing, []
+        outgoing = [frame for frame in self._outgoing if frame is not None]
+        self._outgoing.clear()
+        self._unsent_acks.clear()
         if self._state.batch and len(outgoing) > 1:
             for group in _batches(outgoing):
                 self._transmit(pack_batch(group), len(group))
@@ -250,6 +260,7 @@ class Wire:
         self._poller.unregister(self._socket)
         self._socket.close(linger=0)
         self._outgoing.clear()
+        self._unsent_acks.clear()
         self._socket = self._connect()
 
     def _watch_contact(self, now: Now) -> None:

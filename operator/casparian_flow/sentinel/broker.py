@@ -79,6 +79,9 @@ GOOD = frozenset(
     }
 )
 
+_COMPLETIONS = {status.value: status for status in CompletionStatus}
+_REASONS = {reason.value: reason for reason in Reason}
+
 
 @dataclass(frozen=True, slots=True)
 class BrokerConfig:
@@ -472,15 +475,17 @@ class Broker:
             if lease.granting is None and lease.since + grace_s <= now.mono:
                 self._lease_lost(self.jobs[job_id], lease, now, "its worker no longer holds it")
 
-    def _dispatch_ack(self, identity: Identity, _: int, message: m.DispatchAck, now: Now) -> None:
-        job = self._current(message.token)
+    def _dispatch_ack(
+        self, identity: Identity, header: int, message: m.DispatchAck, now: Now
+    ) -> None:
+        job = self._current(message.token, header)
         if job is None:
             self._send(identity, _job_id_of(message.token), m.Abort(message.token, "stale"))
         elif job.status is JobStatus.DISPATCHING:
             self._record(job, JournalKind.STARTED, now, lazy=True)
 
     def _stage(self, identity: Identity, header: int, message: m.Stage, now: Now) -> None:
-        job = self._current(message.token)
+        job = self._current(message.token, header)
         if job is None:
             self._send(identity, header, m.Refuse(message.token, Reason.STALE_TOKEN))
             return
@@ -541,7 +546,7 @@ class Broker:
             self._cancel(cancel, now)
 
     def _conclude(self, identity: Identity, header: int, message: m.Conclude, now: Now) -> None:
-        job = self._current(message.token)
+        job = self._current(message.token, header)
         if job is None:
             self.counters["late_conclusions"] += 1
             self._send(identity, header, m.ConcludeAck([message.token]))
@@ -836,10 +841,17 @@ class Broker:
         job = self.jobs.get(job_id)
         return job is not None and job.status is JobStatus.QUEUED
 
-    def _current(self, token: str) -> Job | None:
-        """The job whose current, live attempt this token names; None if the token is stale."""
-        parts = parse_token(token)
-        job = self.jobs.get(parts.job_id) if parts is not None else None
+    def _current(self, token: str, header: int = 0) -> Job | None:
+        """The job whose current, live attempt this token names; None if the token is stale.
+
+        Args:
+            header: the job id in the message's header, where it has one: right but for rare
+                peers, and cheaper to look up than to read out of the token.
+        """
+        job = self.jobs.get(JobId(header))
+        if job is None or job.token != token:
+            parts = parse_token(token)
+            job = self.jobs.get(parts.job_id) if parts is not None else None
         if job is None or job.token != token or job.job_id not in self.leases:
             return None
         return job
@@ -938,14 +950,13 @@ def _job_id_of(token: str) -> int:
 
 def _conclusion(message: m.Conclude) -> tuple[CompletionStatus | None, Reason]:
     """Status and reason of a CONCLUDE; (None, …) if the status is none of ours."""
-    try:
-        status = CompletionStatus(message.status)
-    except ValueError:
+    status = _COMPLETIONS.get(message.status)
+    if status is None:
         return None, Reason.PROTOCOL
-    try:
-        return status, Reason(message.reason)
-    except ValueError:
-        return status, Reason.BUSY if status is CompletionStatus.REJECTED else Reason.WORKER_ERROR
+    reason = _REASONS.get(message.reason)
+    if reason is None:
+        reason = Reason.BUSY if status is CompletionStatus.REJECTED else Reason.WORKER_ERROR
+    return status, reason
 
 
 def _plugin_message(spec: PluginSpec) -> m.Plugin:
