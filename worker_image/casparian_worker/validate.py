@@ -101,7 +101,7 @@ class Validator:
             OutputRefusedError: CONTRACT, for columns; its diagnostics hold `expected`, `actual`,
                 `missing`, `extra`, `order` and `types`.
         """
-        numbers, batch = _take_row_numbers(batch, first_row)
+        numbers, batch = _take_row_numbers(batch)
         arrays, extras = self._matched(batch)
         faults = _Faults(batch.num_rows)
         converted = self._converted(batch, arrays, faults)
@@ -113,7 +113,11 @@ class Validator:
         self.bad_rows += faults.count
         kept = [array.filter(faults.good_mask()) for array in columns]
         good = pa.RecordBatch.from_arrays(kept, schema=schema)
-        return good, None if self.hopeless else faults.rows(batch, numbers)
+        if self.hopeless:
+            return good, None
+        if numbers is None:
+            numbers = pa.array(range(first_row, first_row + batch.num_rows), pa.int64())
+        return good, faults.rows(batch, numbers)
 
     def judge(self) -> None:
         """Hold the policy against all rows seen; to be called at the end of the topic.
@@ -303,13 +307,12 @@ def _message(column: Column, kind: str) -> str:
     return f"schema: value is no {column.type} in '{column.name}'"
 
 
-def _take_row_numbers(batch: pa.RecordBatch, first_row: int) -> tuple[ArrowArray, pa.RecordBatch]:
-    """Row numbers for `_source_row`, and the batch without the column that may give them."""
+def _take_row_numbers(batch: pa.RecordBatch) -> tuple[ArrowArray | None, pa.RecordBatch]:
+    """The plugin's own row numbers for `_source_row`, if any, and the batch without them."""
     position = batch.schema.get_field_index(ROW_ID_COLUMN)
     if position >= 0 and pa.types.is_integer(batch.column(position).type):
         return batch.column(position).cast(pa.int64()), batch.remove_column(position)
-    numbers: ArrowArray = pa.array(range(first_row, first_row + batch.num_rows), pa.int64())
-    return numbers, batch
+    return None, batch
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -23,7 +23,8 @@ class IgnoreRules:
         problems: one line per pattern that could not be compiled and was left out.
         suffixes, literals: names that are ignored without looking further; empty if some pattern
             is negated, since then order matters.
-        slow: whether every file has to be asked for by `ignores_file`.
+        slow: whether every file has to be asked for by `ignores_file`. A negated pattern is no
+            reason: it only has back what another one left out, by a name that `may_ignore` sees.
     """
 
     patterns: tuple[Pattern, ...]
@@ -79,20 +80,21 @@ def compile_rules(ignore: Iterable[str], include: Sequence[str] = ()) -> IgnoreR
         problems.append("no include pattern is valid: every file is taken")
     ordered = any(p.negated for p in patterns)
     simple = () if ordered else patterns
-    rest = [p for p in simple if not (p.suffix or p.literal or p.directory_only)]
+    ignoring = [p for p in patterns if not p.negated]
+    rest = [p for p in ignoring if not (p.suffix or p.literal or p.directory_only)]
     return IgnoreRules(
         patterns=patterns,
         include=wanted,
         problems=tuple(problems),
         suffixes=tuple(p.suffix for p in simple if p.suffix),
         literals=frozenset(p.literal for p in simple if p.literal),
-        slow=ordered or bool(wanted) or bool(rest),
+        slow=bool(wanted) or bool(rest),
         _marks=(
             "\0.",
-            *(p.suffix + "\0" for p in simple if p.suffix),
-            *(f"\0{p.literal}\0" for p in simple if p.literal),
+            *(p.suffix + "\0" for p in ignoring if p.suffix),
+            *(f"\0{p.literal}\0" for p in ignoring if p.literal),
         ),
-        _rest=_any_of(rest),
+        _rest=_any_of([] if ordered else rest),
     )
 
 
