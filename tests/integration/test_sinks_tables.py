@@ -338,3 +338,22 @@ def test_duckdb_widens_a_column_only_where_no_value_changes(tmp_path: Path) -> N
     assert values(output) == [1.0, 1.5]
     with pytest.raises(OutputRefusedError, match="column 'a'"):
         output.stage(job_run(3, location=3), {"a": [2**60 + 1]})
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "duckdb"])
+def test_a_database_outside_of_the_root_gets_its_folders_durably(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    database = tmp_path / "data" / "years" / "db.file"
+    output, run = output_at(tmp_path / "root", f"{scheme}://{database}"), job_run()
+    synced: list[str] = []
+    sync = output.env.root.directories.sync
+    monkeypatch.setattr(
+        output.env.root.directories, "sync", lambda folder: (synced.append(folder), sync(folder))
+    )
+    output.put(run, {"a": [1]})
+    assert database.is_file()
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "data")]
+    (tmp_path / "file").touch()
+    with pytest.raises(SinkError, match="cannot make the folder"):
+        output_at(tmp_path / "root", f"{scheme}://{tmp_path}/file/db").put(run, {"a": [1]})

@@ -51,16 +51,25 @@ class EmbeddedSink:
         """
         path = self._address.path
         if path.startswith("/"):
-            folder = os.path.dirname(path)
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                raise sink_error(error, "make the folder", folder) from error
+            self._make_folder(os.path.dirname(path))
         else:
             self._root.folder(os.path.dirname(path))
             path = self._root.resolve(path)
         self._refuse_ledger(path)
         return path
+
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder outside of the output root, durably, with those above it."""
+        missing = []
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for path in reversed(missing):
+            try:
+                os.makedirs(path, exist_ok=True)  # another worker may make it, too
+            except OSError as error:
+                raise sink_error(error, "make the folder", path) from error
+            self._root.directories.sync(os.path.dirname(path))
 
     def _refuse_ledger(self, path: str) -> None:
         ledger = self._env.ledger_path
