@@ -10,7 +10,7 @@ unexport VIRTUAL_ENV
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck imports unit next-duckdb format docs demo bench wheel clean
+.PHONY: help setup test lint typecheck imports unit next-duckdb soak format docs demo bench wheel clean
 
 # List the targets.
 help:
@@ -58,6 +58,19 @@ unit: setup
 next-duckdb: setup
 	@printf '\n== the ledger on %s\n' '$(NEXT_DUCKDB)'
 	@$(UV) run --frozen --isolated --quiet --with '$(NEXT_DUCKDB)' pytest -q -p no:cacheprovider $$(ls tests/unit/test_db_*.py tests/integration/test_ledger_*.py tests/contract/test_ledger_*.py)
+
+# Run the long forms: simulation (SEEDS=50000), faults, poison, power loss, fuzzing, load (MINUTES=10).
+soak: SEEDS ?= 50000
+soak: MINUTES ?= 10
+soak: setup
+	@printf '\n== %s minutes at load\n' '$(MINUTES)'
+	@CASPARIAN_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(BIN)/pytest -q -s tests/chaos/test_steady_load.py
+	@printf '\n== 1,000 kills and stops; poison among 10,000 files\n'
+	@CASPARIAN_CHAOS_FAULTS=1000 CASPARIAN_POISON_FILES=10000 $(BIN)/pytest -q -s tests/chaos/test_random_kills.py tests/chaos/test_poison_files.py
+	@printf '\n== power loss and fuzzing\n'
+	@CASPARIAN_POWER_CUTS=10000 CASPARIAN_FUZZ_FRAMES=10000000 $(BIN)/pytest -q -s --timeout=86400 $(wildcard tests/power tests/fuzz)
+	@printf '\n== simulation, %s seeds\n' '$(SEEDS)'
+	@CASPARIAN_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -q -s tests/simulation
 
 # Reformat the sources.
 format: setup
