@@ -247,6 +247,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
         raise ConfigError(
             str(error), hint=f"Correct the {ENVIRONMENT_PREFIX}* variables."
         ) from error
+    log.debug("settings read from %s", file)
     return _anchored(loaded, file.parent)
 
 

@@ -136,7 +136,8 @@ def test_a_plugin_that_paused_itself_is_explained(flow: Flow) -> None:
         flow.write(f"inbox/{number}.csv", f"a\n{number}\n")
     flow.work_off(code=1)
     flow.write("inbox/one-more.csv", "a\n5\n")
-    flow.run("scan")
-    said = causes(flow)
+    with flow.start():
+        wait_for("the job that waits", lambda: flow.counts().get("QUEUED"))
+        said = causes(flow)
     assert "plugin sales is paused" in said
     assert "casparian plugin resume sales" in said

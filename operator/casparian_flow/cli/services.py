@@ -11,8 +11,16 @@ import click
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import show_data
 from casparian_flow.cli.process import stop_on_signals
-from casparian_flow.config import LOG_FORMAT, Settings, overridden, worker_address
+from casparian_flow.config import (
+    ENVIRONMENT_PREFIX,
+    LOG_FORMAT,
+    Settings,
+    overridden,
+    worker_address,
+)
 from casparian_flow.sentinel.api import Row
+
+LEVEL_VARIABLE = f"{ENVIRONMENT_PREFIX}LOGGING__LEVEL"
 
 metrics_option = click.option(
     "--metrics-port",
@@ -22,10 +30,15 @@ metrics_option = click.option(
 )
 
 
-def set_up_logging(app: App, settings: Settings) -> None:
-    """Services log to stderr."""
-    if not app.debug:
-        logging.basicConfig(level=settings.logging.level, format=LOG_FORMAT)
+def service_settings(app: App) -> Settings:
+    """Read the settings, and have what this process says go to stderr as they ask."""
+    if app.debug:
+        return app.settings
+    # Reading the settings has something to say already, so logging begins before it.
+    logging.basicConfig(level=os.environ.get(LEVEL_VARIABLE, "INFO"), format=LOG_FORMAT)
+    settings = app.settings
+    logging.getLogger().setLevel(settings.logging.level)
+    return settings
 
 
 @click.command()
@@ -41,12 +54,10 @@ def sentinel(app: App, bind_address: str | None, metrics_port: int | None) -> No
     """
     from casparian_flow.sentinel.server import run_sentinel
 
-    logging.captureWarnings(capture=True)
-    settings = overridden(
-        app.settings, "sentinel", bind_address=bind_address, metrics_port=metrics_port
+    settings = service_settings(app)
+    run_sentinel(
+        overridden(settings, "sentinel", bind_address=bind_address, metrics_port=metrics_port)
     )
-    set_up_logging(app, settings)
-    run_sentinel(settings)
 
 
 @click.command()
@@ -81,14 +92,13 @@ def worker(
     from casparian_flow.engine.worker_client import run_worker
 
     settings = overridden(
-        app.settings,
+        service_settings(app),
         "worker",
         connect=connect,
         output_root=output_root.absolute() if output_root else None,
         slots=slots,
         metrics_port=metrics_port,
     )
-    set_up_logging(app, settings)
     return run_worker(settings, address=worker_address(settings), worker_id=worker_id)
 
 
@@ -104,8 +114,7 @@ def scout(app: App, report_fd: int | None) -> None:
     from casparian_flow.sentinel.paths import control_address
     from casparian_flow.services.watch import run_scout
 
-    settings = app.settings
-    set_up_logging(app, settings)
+    settings = service_settings(app)
     address = control_address(settings.database.db_location, settings.sentinel.control_address)
     with stop_on_signals() as stop, remote(address) as control:
         control.ping()

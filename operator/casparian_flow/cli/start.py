@@ -14,7 +14,7 @@ from casparian_flow.cli.context import App, pass_app
 from casparian_flow.cli.idle import IdleJudge
 from casparian_flow.cli.output import last_line, one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
-from casparian_flow.cli.services import metrics_option
+from casparian_flow.cli.services import LEVEL_VARIABLE, metrics_option
 from casparian_flow.cli.status import jobs_line
 from casparian_flow.cli.supervisor import (
     Child,
@@ -97,7 +97,10 @@ def start(
     clock = SystemClock()
     control = _remote(settings)
     _refuse_second(control)
+    file, _ = config_path(app.config)
     with _signals() as signals, jobs_view(clock) as view:
+        if not file.exists():
+            view.line(f"no {file}: every setting has its default")
         run = Run(
             settings=settings,
             control=control,
@@ -136,7 +139,7 @@ def _environment(app: App, settings: Settings, *, verbose: bool) -> dict[str, st
     if file.exists():
         environment[CONFIG_VARIABLE] = str(file)
     if not verbose and settings.logging.level == "INFO":
-        environment["CASPARIAN_LOGGING__LEVEL"] = "WARNING"
+        environment[LEVEL_VARIABLE] = "WARNING"
     return environment
 
 

@@ -354,12 +354,16 @@ def parameters_hash(parameters_json: str) -> str:
 
 
 def metrics_of(entries: Iterable[OutputEntry]) -> Mapping[str, int]:
-    """Sum rows and bytes over the outputs, and the quarantined rows apart."""
-    rows = quarantined = size = 0
+    """Sum rows and bytes over the outputs, and the quarantined rows apart.
+
+    A topic with several sinks has its bad rows in a quarantine at each; they are counted once.
+    """
+    rows = size = 0
+    quarantined: dict[str, int] = {}
     for entry in entries:
         size += entry.bytes
         if entry.kind is OutputKind.QUARANTINE:
-            quarantined += entry.rows
+            quarantined[entry.topic] = max(quarantined.get(entry.topic, 0), entry.rows)
         else:
             rows += entry.rows
-    return {"rows": rows, "bytes": size, "quarantine_rows": quarantined}
+    return {"rows": rows, "bytes": size, "quarantine_rows": sum(quarantined.values())}

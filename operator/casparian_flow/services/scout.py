@@ -11,6 +11,7 @@ still for the settle time. Conclusions from absence (deleted, renamed) are drawn
 directories that were listed in full.
 """
 
+import logging
 import os
 import stat
 import threading
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from casparian_flow.db.models import SourceRoot
+
+log = logging.getLogger(__name__)
 
 CHUNK_FILES = 2_000
 CHUNK_PATH_BYTES = 4 << 20
@@ -125,6 +128,14 @@ def scan(
     report.deleted = len(deleted)
     report.seconds = clock.now().mono - started
     control.finish_scan(root_id, scan_id, deleted, report)
+    log.debug(
+        "scanned source root %d: %d files, %d new versions, %d jobs in %.2f s",
+        root_id,
+        report.files,
+        report.versions,
+        report.jobs,
+        report.seconds,
+    )
     return report
 
 
