@@ -107,3 +107,21 @@ def test_a_delayed_job_does_not_keep_the_loop_spinning_while_the_ledger_fails() 
     core.turn()
     core.turn()
     assert core.ready
+
+
+def test_a_write_of_scout_s_that_fails_stops_admission_and_is_the_problem_told() -> None:
+    core, _, clock = started(make_job(1))
+
+    def full(_: MemoryLedger) -> None:
+        raise LedgerUnavailableError("the disk is full")
+
+    answers: list[BaseException | None] = []
+    core.call(full, lambda future: answers.append(future.exception()))
+    core.turn()
+    assert not core.ready
+    assert str(core.problem) == str(answers[0]) == "the disk is full"
+    clock.time = 2.0
+    core.turn()
+    core.turn()
+    assert core.ready
+    assert core.problem is None

@@ -158,6 +158,10 @@ class SentinelCore(Generic[L]):
         while self._calls and self._calls[0].future.done():
             call = self._calls.popleft()
             call.done(call.future)
+            error = call.future.exception()
+            if self.ready and isinstance(error, LedgerUnavailableError):
+                # What a scan or a deploy could not write, no job's record can either.
+                self._suspend(error)
         if self.ready:
             events, self._events = self._events, []
             if events or self._due(now.mono):
