@@ -11,7 +11,7 @@ import matplotlib as mpl
 from bench import ledgers, noops, trees
 from bench.flow import Flow
 from bench.harness import Plan, Stopwatch, check
-from bench.report import REPOSITORY
+from bench.report import REPOSITORY, write_section
 from bench.workspace import fresh, workspace
 from casparian_flow.sentinel.local import LocalControl
 from casparian_flow.services.scout import scan
@@ -41,6 +41,14 @@ def plot_all(plan: Plan) -> None:
         DOCS / "bench-scout.png", "files", "seconds",
         {"first scan, every file hashed": first, "rescan, nothing changed": again},
     )  # fmt: skip
+    write_section(
+        "growth",
+        [
+            f"![Jobs a second with {QUEUES[0]:,} to {QUEUES[-1]:,} queued jobs](bench-queue.png)",
+            "",
+            f"![Seconds of scans of {TREES[0]:,} to {TREES[-1]:,} files](bench-scout.png)",
+        ],
+    )
 
 
 def measure_queue(sizes: Sequence[int]) -> Series:

@@ -14,7 +14,6 @@ from bench.workspace import base
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "bench" / "results.json"
 DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 HEADER = (
     "| # | Work | Ours | Peer | Peer's | Ratio (lowest–highest) | Goal | |\n"
     "|---|---|---|---|---|---|---|---|"
@@ -74,7 +73,12 @@ def _write_table(results: dict[str, Any]) -> None:
     newest = max(results.values(), key=lambda entry: str(entry["taken_at"]))
     facts = [f"- {name}: {fact}" for name, fact in newest["machine"].items()]
     parts = [*lines, "", *dict.fromkeys(notes), "", "Machine and versions:", "", *facts]
-    text = DOCUMENT.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n" + "\n".join(parts) + f"\n{END}{after}")
+    write_section("figures", parts)
+
+
+def write_section(name: str, lines: Sequence[str]) -> None:
+    """Replace what stands between the two marks of that name in the document."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = DOCUMENT.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    DOCUMENT.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}")
