@@ -27,7 +27,7 @@ def record(number: int, figures: Sequence[Figure], plan: Plan) -> None:
         "taken_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": plan.quick,
         "rounds": plan.rounds,
-        "load_before": round(machine.load_average(), 2),
+        "load_after": round(machine.load_average(), 2),
         "machine": machine.describe(base()),
         "figures": [asdict(figure) for figure in figures],
     }
@@ -68,7 +68,7 @@ def _write_table(results: dict[str, Any]) -> None:
             notes += [f"- {figure.row}: {note}" for note in figure.notes]
         notes.append(
             f"- row {number} was taken at {entry['taken_at']}, {entry['rounds']} rounds, "
-            f"load average after it {entry['load_before']}"
+            f"load average after it {entry['load_after']}"
         )
     newest = max(results.values(), key=lambda entry: str(entry["taken_at"]))
     facts = [f"- {name}: {fact}" for name, fact in newest["machine"].items()]
