@@ -648,7 +648,7 @@ def test_a_bug_in_the_loop_ends_the_process_and_answers_who_waits(
     def ask(address: str) -> None:
         with remote(address) as control:
             try:
-                control.list_workers()
+                control.cancel_job(1)
             except SentinelUnreachableError as error:
                 answers.append(error)
 
