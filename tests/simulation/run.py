@@ -543,6 +543,7 @@ def _fresh(**changes: Any) -> dict[str, Any]:
         "manifest": (),
         "not_before_us": 0,
         "losses": 0,
+        "losses_unbegun": 0,
     }
     return blank | changes
 

@@ -400,6 +400,20 @@ def test_a_job_that_keeps_losing_its_worker_becomes_a_dead_letter() -> None:
     assert bench.records[0].data["dead_letter"] == "max_retries_exceeded"
 
 
+def test_workers_that_break_down_before_they_begin_are_not_held_against_the_job() -> None:
+    config = BrokerConfig(losses_max=3, losses_unbegun_max=6)
+    bench = Bench(make_job(1), config=config)
+    for n in range(6):
+        bench.worker(f"w{n}")
+        bench.pass_time(31.0)
+        assert bench.kinds == [JournalKind.RETURNED]
+    bench.worker("w6")
+    bench.pass_time(31.0)
+    assert bench.kinds == [JournalKind.FAILED]
+    assert bench.records[0].data is not None
+    assert bench.records[0].data["reason"] == Reason.LEASE_LOST
+
+
 # -- restart --------------------------------------------------------------------------------
 
 

@@ -64,7 +64,9 @@ class Job:
     manifest: tuple[OutputEntry, ...] = ()
     created_us: int = 0
     losses: int = 0
-    """Workers lost while they held it, or that lacked its plugin; kept in memory only."""
+    """Workers lost while they ran it, or that lacked its plugin; kept in memory only."""
+    losses_unbegun: int = 0
+    """Likewise, before they said that they had begun on it."""
 
 
 @dataclass(frozen=True, slots=True)

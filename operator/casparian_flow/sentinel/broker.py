@@ -98,8 +98,11 @@ class BrokerConfig:
     busy_pause_s: float = 0.5
     """A worker that gave a job back as busy gets nothing for this long."""
     losses_max: int = 25
-    """Times a job may lose its worker, or reach one that lacks its plugin, before it is a dead
-    letter: it may be what kills them."""
+    """Times a job may lose the worker that runs it, or reach one that lacks its plugin, before it
+    is a dead letter: it may be what kills them."""
+    losses_unbegun_max: int = 250
+    """Likewise for workers that had not said that they began on it. Most of these jobs only waited
+    at a worker that broke down, but one that kills it at once would look the same."""
     breaker_failures: int = 5
     """Distinct jobs failing in a row that pause their plugin."""
     recover_retry_s: float = 5.0
@@ -307,12 +310,17 @@ class Broker:
         if job.status is JobStatus.STAGED:
             self._orphan(job.job_id, lease)
             return
-        job.losses += 1
         began = job.status is JobStatus.RUNNING
+        job.losses += began
+        job.losses_unbegun += not began
         self._let_go(job.job_id, lease)
         self.counters["jobs_requeued"] += 1
-        if job.losses > self.config.losses_max:
-            self._dead_letter(job, Reason.LEASE_LOST, f"{job.losses} workers were lost; {why}", now)
+        if (
+            job.losses > self.config.losses_max
+            or job.losses_unbegun > self.config.losses_unbegun_max
+        ):
+            lost = job.losses + job.losses_unbegun
+            self._dead_letter(job, Reason.LEASE_LOST, f"{lost} workers were lost; {why}", now)
         elif began:
             data = {
                 "reason": Reason.LEASE_LOST,
