@@ -19,6 +19,9 @@ SECONDS_PER_FILE = 0.1
 PATIENCE_S = 120.0
 TIMEOUT_S = 1
 MEMORY_MB = 256
+RETRY_BASE_S = 1.5
+"""Retries after 1.5, 2.3 and 3.4 s. They take their turn among the good files, as with the default
+of 4, 16 and 64 s; much shorter ones would only follow each other."""
 WORKER = f"job_timeout_seconds = {TIMEOUT_S}\nmemory_mb = {MEMORY_MB}"
 POISON = {"crashed": "crash", "timeout": "hang", "out_of_memory": "gorge"}
 """Reason of the dead letter → what the file tells the plugin to do."""
@@ -74,7 +77,7 @@ def test_poison_files_end_as_dead_letters_and_hold_up_nobody(tmp_path: Path) -> 
 
 def prepared(folder: Path, nursery: Zygote, *orders: str) -> World:
     """A flow whose files are scanned; the poison stands between the good ones."""
-    world = make_world(folder, nursery, 0, WORKER)
+    world = make_world(folder, nursery, 0, WORKER, retry_base_s=RETRY_BASE_S)
     publish(world, "texts", PLUGIN)
     for number in range(GOOD):
         world.write(f"{number:06}.txt", f"text {number}".encode())

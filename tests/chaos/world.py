@@ -28,7 +28,7 @@ db_location = "ledger.duckdb"
 bind_address = "tcp://127.0.0.1:{port}"
 heartbeat_seconds = 0.3
 lease_ttl_seconds = {lease}
-retry_base_seconds = 0.1
+retry_base_seconds = {retry}
 
 [worker]
 slots = 1
@@ -204,9 +204,17 @@ def staged(folder: Path) -> list[str]:
     return sorted(name for name in names if token_of_stage(name))
 
 
-def make_world(folder: Path, zygote: Zygote, seed: int, worker: str = "") -> World:
+def make_world(
+    folder: Path, zygote: Zygote, seed: int, worker: str = "", retry_base_s: float = 0.1
+) -> World:
+    """A flow that watches its inbox.
+
+    Args:
+        worker: more lines for the section `[worker]`.
+    """
     flow = make_flow(folder, "ledger.duckdb")
-    flow.write("global_config.toml", CONFIG.format(port=flow.port, lease=LEASE_S, worker=worker))
+    config = CONFIG.format(port=flow.port, lease=LEASE_S, worker=worker, retry=retry_base_s)
+    flow.write("global_config.toml", config)
     flow.json("source", "add", "inbox")
     return World(flow, zygote, random.Random(seed))
 
