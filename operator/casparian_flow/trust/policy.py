@@ -300,10 +300,9 @@ def _check_own_hash(bundle: Bundle, statement: Statement | None) -> None:
     actual = bundle.computed_hash()
     if bundle.artifact_hash == actual:
         return
-    differing = _differing(bundle, statement)
     raise _RefusalError(
         Code.HASH_MISMATCH,
-        f"{differing} does not match the artifact hash: "
+        f"{_differing(bundle, statement)} not match the artifact hash: "
         f"given {_shown(bundle.artifact_hash)[:16]}…, computed {actual[:16]}…",
         _REPUBLISH,
     )
@@ -341,20 +340,22 @@ def _check_statement(bundle: Bundle, statement: Statement) -> None:
     if statement.artifact_hash != bundle.artifact_hash:
         raise _RefusalError(
             Code.HASH_MISMATCH,
-            f"{_differing(bundle, statement)} does not match what was signed: "
+            f"{_differing(bundle, statement)} not match what was signed: "
             f"signed {statement.artifact_hash[:16]}…, found {bundle.artifact_hash[:16]}…",
             _REPUBLISH,
         )
 
 
 def _differing(bundle: Bundle, statement: Statement | None) -> str:
-    """Which part is not the one that was signed, in words."""
+    """Which part is not the one that was signed: subject and verb of a sentence."""
     if statement is None:
-        return "the source, the lock file or the manifest"
+        return "the source, the lock file or the manifest does"
     actual = part_digests(bundle)
     words = dict(zip(PARTS, ("the source", "the lock file", "the manifest"), strict=True))
     found = [words[part] for part in PARTS if actual[part] != statement.digests[part]]
-    return " and ".join(found) or "none of the parts differs, but the recorded hash"
+    if not found:
+        return "the parts are those that were signed, but the recorded hash does"
+    return f"{' and '.join(found)} {'does' if len(found) == 1 else 'do'}"
 
 
 def _check_scope(signer: _Signer, plugin: str) -> None:
