@@ -26,7 +26,8 @@ $(UV):
 
 $(STAMP): $(UV) uv.lock pyproject.toml
 	@echo "== installing the locked dependencies"
-	@$(UV) sync --frozen --inexact --quiet
+	@$(UV) sync --frozen --inexact --quiet --compile-bytecode
+	@$(BIN)/python -m compileall -q operator worker_image
 	@touch $(STAMP)
 
 # Run every check and every test; what CI runs.

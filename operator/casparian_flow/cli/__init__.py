@@ -7,22 +7,22 @@ from importlib.machinery import ModuleSpec
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command in a process that is its own; returns its exit code."""
-    sys.meta_path.insert(0, _NoPandas)
+    sys.meta_path.insert(0, _WithoutPandas)
     from casparian_flow.cli.app import run
 
     return run(argv)
 
 
-class _NoPandas:
-    """Lets pandas look as if it were not installed.
+class _WithoutPandas:
+    """Lets pandas and numpy look as if they were not installed.
 
-    DuckDB and pyarrow import it, where they can, only to recognise its objects among their
+    DuckDB and pyarrow import them, where they can, only to recognise their objects among
     arguments. No command has any (plugins run in processes of their own), and the import would
     double the time of a short command and the memory of a service.
     """
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name == "pandas":
-            raise ModuleNotFoundError("pandas is not used in this process", name=name)
+        if name in {"pandas", "numpy"}:
+            raise ModuleNotFoundError(f"{name} is not used in this process", name=name)
         return None
