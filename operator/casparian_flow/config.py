@@ -262,7 +262,7 @@ def overridden(base: Settings, section: str, **values: object) -> Settings:
     try:
         changed = type(current).model_validate({**current.model_dump(), **given})
     except ValidationError as error:
-        raise _explained(error, Path("the command line"), {}) from error
+        raise _explained(error, Path("the command line"), {section: given}, section) from error
     return base.model_copy(update={section: changed})
 
 
@@ -294,11 +294,14 @@ def _read(file: Path) -> str:
         raise ConfigError(f"{file} is not UTF-8 (byte {error.start})") from error
 
 
-def _explained(error: ValidationError, file: Path, values: Mapping[str, Any]) -> ConfigError:
+def _explained(
+    error: ValidationError, file: Path, values: Mapping[str, Any], *outer: str
+) -> ConfigError:
+    """What is wrong with `values`; the error's places are relative to the section `outer`."""
     problems: list[str] = []
     hints: list[str] = []
     for item in error.errors(include_url=False):
-        location = [str(part) for part in item["loc"]]
+        location = [*outer, *(str(part) for part in item["loc"])]
         origin = str(file) if _present(values, location) else f"{file} or the environment"
         section, key = ".".join(location[:-1]), location[-1]
         place = f"in section [{section}]" if section else "at the top level"
@@ -307,6 +310,8 @@ def _explained(error: ValidationError, file: Path, values: Mapping[str, Any]) ->
             hints.append(_suggestion(location))
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_pattern_mismatch":  # only addresses have a pattern
+                message = "wants an address such as tcp://127.0.0.1:5555"
             found = "" if key == "password" else f" (found {item['input']!r})"
             problems.append(f"{origin}: key {key!r} {place}: {message}{found}")
     return ConfigError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)) or _VALUE_HINT)

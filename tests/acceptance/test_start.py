@@ -113,7 +113,7 @@ def test_exit_when_idle_does_not_wait_for_a_paused_plugin(flow: Flow) -> None:
     flow.run("scan")
     flow.run("plugin", "pause", "sales")
     said = flow.work_off(code=1)
-    assert "1 jobs wait for a paused plugin" in said
+    assert "1 job left of paused plugins" in said
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(flow: Flow) -> None:

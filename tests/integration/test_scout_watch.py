@@ -138,7 +138,7 @@ def test_a_failed_scan_is_reported_and_the_loop_goes_on(
     (watched.folder / "a.csv").write_text("1")
     watched.start()
     watched.until(lambda: watched.seen() == {"a.csv"})
-    assert watched.reports[0]["problems"] == ["disk full"]
+    assert watched.reports[0]["problems"] == ["scan failed: disk full"]
     assert watched.reports[0]["complete"] is False
 
 

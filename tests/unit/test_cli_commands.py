@@ -196,7 +196,8 @@ def test_source_remove_names_the_root_by_its_recorded_path(
     roots = [{"id": 1, "path": str(tmp_path / "inbox")}]
     done = casparian("source", "remove", "inbox", list_sources=roots, remove_source=None)
     assert done.control.calls[-1][:2] == ("remove_source", (str(tmp_path / "inbox"),))
-    assert casparian("source", "remove", "other", list_sources=roots).code == 2
+    unknown = casparian("source", "remove", "other", list_sources=roots)
+    assert (unknown.code, "casparian source list" in unknown.err) == (4, True)
 
 
 def test_scan_without_a_source_tells_how_to_add_one(casparian: Casparian) -> None:
@@ -250,7 +251,30 @@ def test_backfill_is_a_dry_run_unless_told_otherwise(casparian: Casparian) -> No
 @pytest.mark.parametrize("words", [("topics",), ("topics", "list"), ("topics", "-o", "json")])
 def test_topics_lists_by_itself(casparian: Casparian, words: tuple[str, ...]) -> None:
     topic = {"plugin_name": "sales", "topic_name": "rows", "uri": "parquet://rows"}
+    topic["mode"] = "append"
     assert "parquet://rows" in casparian(*words, list_topics=[topic]).out
+
+
+def test_topics_shows_each_sink_in_a_line_with_the_mode_in_force(casparian: Casparian) -> None:
+    uris = "parquet://my rows\nsqlite://rows.db?mode=error"
+    topic = {"plugin_name": "sales", "topic_name": "rows", "uri": uris, "mode": "replace"}
+    _, first, second = casparian("topics", list_topics=[topic]).out.splitlines()
+    assert first.split() == ["sales", "rows", "parquet://my", "rows", "replace"]
+    assert second.split() == ["sales", "rows", "sqlite://rows.db?mode=error", "error"]
+
+
+def test_backfill_says_when_there_is_nothing_to_queue(casparian: Casparian) -> None:
+    done = casparian("backfill", "sales", backfill={"jobs": 0, "bytes_gone": []})
+    assert done.out.startswith("nothing to queue")
+    one = casparian("backfill", "sales", backfill={"jobs": 1, "bytes_gone": []})
+    assert one.out == "1 job would be queued; add --execute\n"
+
+
+def test_an_address_that_is_none_is_told_with_an_example(casparian: Casparian) -> None:
+    done = casparian("worker", "--connect", "foo")
+    assert done.code == 2
+    assert "the command line: key 'connect' in section [worker]" in done.err
+    assert "tcp://127.0.0.1:5555 (found 'foo')" in done.err
 
 
 def test_topics_set_hands_on_uri_mode_and_contract(casparian: Casparian, tmp_path: Path) -> None:

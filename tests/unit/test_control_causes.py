@@ -84,7 +84,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "casparian plugin resume sales",
     ),
     ({**QUEUED, "plugin": {"queued": 2, "version": None}}, "no active version", "Publish it"),
-    ({**QUEUED, "plugin": {"queued": 2, "delayed": 2}}, "wait for their next try", "by themselves"),
+    (
+        {**QUEUED, "plugin": {"queued": 2, "delayed": 2}},
+        "failed and will be tried",
+        "by itself",
+    ),
     (
         {"plugin": {"uris": ["parquet://ok\nftp://x"]}},
         "unknown scheme 'ftp'",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from casparian_flow.config import Settings, load_settings
-from casparian_flow.domain.errors import UsageError
+from casparian_flow.domain.errors import NotFoundError
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.sentinel.api import ControlApi, Row
 
@@ -104,12 +104,13 @@ def source_named(control: ControlApi, path: str) -> Row:
     """The source root at `path`.
 
     Raises:
-        UsageError: no such root.
+        NotFoundError: no such root.
     """
     wanted = path_to_text(str(Path(path).resolve()))
     for row in control.list_sources():
         if row.get("path") in {wanted, absolute_text(path), path}:
             return row
-    raise UsageError(
-        f"{path} is not a source root", hint=f"Add it with 'casparian source add {path}'."
+    raise NotFoundError(
+        f"{path} is not a source root",
+        hint="'casparian source list' lists them; 'casparian source add FOLDER' adds one.",
     )

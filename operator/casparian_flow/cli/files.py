@@ -123,7 +123,9 @@ def source_remove(app: App, folder: str) -> None:
 @output_option
 @pass_app
 def scan(app: App, folders: tuple[str, ...], rehash: bool, no_wait: bool) -> None:
-    """Look once through FOLDERS (default: every source root), and queue jobs for what is new.
+    """Look for new and changed files once, and queue their jobs.
+
+    Looks through FOLDERS, by default every source root.
 
     \b
     Exit code 1 if a root could not be scanned completely.

@@ -29,9 +29,9 @@ FOLDERS = ("inbox", "output")
 
 NEXT_STEPS = """\
 Next:
-  casparian source add {inbox}                          watch a folder
-  casparian publish my_plugin.py --version 1.0.0{pad}  deploy a plugin
-  casparian start                                       run everything; Ctrl-C stops it"""
+  casparian source add inbox                      watch a folder
+  casparian publish my_plugin.py --version 1.0.0  deploy a plugin
+  casparian start                                 run everything; Ctrl-C stops it"""
 
 
 @click.command()
@@ -39,9 +39,10 @@ Next:
 @output_option
 @pass_app
 def init(app: App, folder: Path) -> None:
-    """Make a configuration file and folders in FOLDER (default: here).
+    """Make a configuration file and folders.
 
-    What is there already stays as it is, so this may be run again at any time.
+    They are made in FOLDER, by default here. What is there already stays as it is, so this may be
+    run again at any time.
 
     \b
     Example:
@@ -67,5 +68,5 @@ def init(app: App, folder: Path) -> None:
     lines = [f"made {path}" for path in made] or [f"{config} is there already; nothing changed"]
     if folder != Path():
         lines += ["", f"  cd {folder}"]
-    lines += ["", NEXT_STEPS.format(inbox="inbox", pad="     ")]
+    lines += ["", NEXT_STEPS]
     show_data(app, {"config": str(config.absolute()), "made": made}, "\n".join(lines))

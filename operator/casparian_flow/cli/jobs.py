@@ -213,7 +213,10 @@ def job_submit(app: App, version_id: int, plugin: str, priority: int | None, for
 @output_option
 @pass_app
 def dead_letters(app: App, plugin: str | None, limit: int) -> None:
-    """List jobs that failed for good: a permanent error, or no retries left."""
+    """List jobs that failed for good.
+
+    Their error was permanent, or no retries were left.
+    """
     show_rows(
         app,
         app.control.list_dead_letters(plugin=plugin, limit=limit),

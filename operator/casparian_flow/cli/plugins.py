@@ -1,5 +1,6 @@
 """Plugins and their wiring: topics, rules, backfill."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -18,7 +19,9 @@ from casparian_flow.cli.output import (
     yes_no,
 )
 from casparian_flow.domain.errors import NotFoundError, UsageError
-from casparian_flow.domain.outputs import SinkMode
+from casparian_flow.domain.outputs import SinkMode, parse_sink_uri
+from casparian_flow.domain.wording import counted
+from casparian_flow.sentinel.api import Row
 
 PLUGIN_COLUMNS = (
     Column("plugin_name", "PLUGIN"),
@@ -54,10 +57,10 @@ MAX_CONTRACT_BYTES = 1 << 20
 @output_option
 @pass_app
 def publish(app: App, file: Path, version: str, name: str, publisher: str) -> None:
-    """Deploy the plugin in FILE: its MANIFEST becomes a rule, topics and subscriptions.
+    """Deploy the plugin in FILE.
 
-    A 'uv.lock' beside FILE gives the plugin an environment of its own. Versions are immutable:
-    changed code needs a new one.
+    Its MANIFEST becomes a rule, topics and subscriptions. A 'uv.lock' beside FILE gives the plugin
+    an environment of its own. Versions are immutable: changed code needs a new one.
 
     \b
     Example:
@@ -110,7 +113,7 @@ def plugin_show(app: App, name: str) -> None:
             and key != "source_code"
         )
     click.echo()
-    show_rows(app, topics_of, TOPIC_COLUMNS, empty="no topics")
+    show_rows(app, _sinks(topics_of), TOPIC_COLUMNS, empty="no topics")
 
 
 @plugin.command("pause")
@@ -143,13 +146,18 @@ def plugin_resume(app: App, name: str) -> None:
 @output_option
 @pass_app
 def backfill(app: App, name: str, execute: bool, force: bool) -> None:
-    """Queue jobs of PLUGIN for file versions that were seen before it was deployed.
+    """Queue jobs of PLUGIN for files seen before it was deployed.
 
     Only a file's current version can be processed; versions whose bytes are gone are listed.
     """
     result = app.control.backfill(name, execute=execute, force=force)
     count, gone = result.get("jobs", 0), result.get("bytes_gone") or []
-    told = f"{count} jobs queued" if execute else f"{count} jobs would be queued; add --execute"
+    if not count:
+        told = f"nothing to queue: {name} has a job for every version it can process"
+    elif execute:
+        told = f"{counted(count, 'job')} queued"
+    else:
+        told = f"{counted(count, 'job')} would be queued; add --execute"
     show_data(app, result, told)
     if gone and not app.json:
         note(f"{len(gone)} versions can no longer be processed, their bytes are gone:")
@@ -161,7 +169,7 @@ def backfill(app: App, name: str, execute: bool, force: bool) -> None:
 @output_option
 @click.pass_context
 def topics(context: click.Context) -> None:
-    """List where each topic goes, or change it ('topics set')."""
+    """List where each topic goes, or change it."""
     if context.invoked_subcommand is None:
         context.invoke(topics_list)
 
@@ -171,12 +179,30 @@ def topics(context: click.Context) -> None:
 @pass_app
 def topics_list(app: App) -> None:
     """List the sinks of every topic."""
+    rows = app.control.list_topics()
     show_rows(
         app,
-        app.control.list_topics(),
+        rows if app.json else _sinks(rows),
         TOPIC_COLUMNS,
         empty="no topic yet; publishing a plugin makes them",
     )
+
+
+def _sinks(rows: Sequence[Row]) -> list[Row]:
+    """One row for each sink of a topic, with the mode in force: a URI's own goes first."""
+    return [
+        row | {"uri": uri, "mode": _mode(uri, str(row["mode"]))}
+        for row in rows
+        for uri in str(row["uri"]).splitlines()
+    ]
+
+
+def _mode(uri: str, configured: str) -> str:
+    try:
+        given = parse_sink_uri(uri).mode
+    except UsageError:  # 'casparian status' tells what is wrong with it
+        return configured
+    return configured if given is SinkMode.APPEND else given
 
 
 @topics.command("set")
@@ -234,7 +260,7 @@ def _contract(schema: Path | None) -> str:
 @output_option
 @click.pass_context
 def rules(context: click.Context) -> None:
-    """List the rules that tag files, or change them ('rules add', 'rules remove')."""
+    """List the rules that tag files, or change them."""
     if context.invoked_subcommand is None:
         context.invoke(rules_list)
 

@@ -46,7 +46,9 @@ def service_settings(app: App) -> Settings:
 @metrics_option
 @pass_app
 def sentinel(app: App, bind_address: str | None, metrics_port: int | None) -> None:
-    """Run the Sentinel alone: it owns the ledger and hands jobs to workers.
+    """Run the Sentinel alone.
+
+    It owns the ledger and hands jobs to workers.
 
     \b
     Example:
@@ -80,10 +82,10 @@ def worker(
     worker_id: str,
     metrics_port: int | None,
 ) -> int:
-    """Run one worker: it takes jobs from the Sentinel and runs plugins.
+    """Run one worker.
 
-    It waits for a Sentinel that is not there yet, and for jobs. SIGTERM or Ctrl-C lets running
-    jobs finish and gives the others back.
+    It takes jobs from the Sentinel and runs plugins. It waits for a Sentinel that is not there yet,
+    and for jobs. SIGTERM or Ctrl-C lets running jobs finish and gives the others back.
 
     \b
     Example:
@@ -106,9 +108,10 @@ def worker(
 @click.option("--report-fd", type=int, hidden=True, help="Write one JSON line per scan here.")
 @pass_app
 def scout(app: App, report_fd: int | None) -> None:
-    """Run the Scout alone: it scans the source roots again and again.
+    """Run the Scout alone.
 
-    It needs a running Sentinel. To look once, use 'casparian scan'.
+    It scans the source roots again and again. It needs a running Sentinel. To look once, use
+    'casparian scan'.
     """
     from casparian_flow.sentinel.control import remote
     from casparian_flow.sentinel.paths import control_address
@@ -123,14 +126,13 @@ def scout(app: App, report_fd: int | None) -> None:
             interval_s=settings.scout.interval_seconds,
             settle_seconds=settings.scout.settle_seconds,
             stop=stop,
-            on_report=_reporter(report_fd),
+            on_report=None if report_fd is None else _reporter(report_fd),
         )
 
 
-def _reporter(descriptor: int | None) -> Callable[[Row], None]:
+def _reporter(descriptor: int) -> Callable[[Row], None]:
     def report(row: Row) -> None:
-        if descriptor is not None:
-            os.write(descriptor, json.dumps(row).encode() + b"\n")
+        os.write(descriptor, json.dumps(row).encode() + b"\n")
 
     return report
 
@@ -139,7 +141,10 @@ def _reporter(descriptor: int | None) -> Callable[[Row], None]:
 @output_option
 @pass_app
 def stop(app: App) -> None:
-    """Drain and stop the running Sentinel, and with it what 'casparian start' runs."""
+    """Drain and stop the running Sentinel.
+
+    What 'casparian start' runs beside it stops too.
+    """
     from casparian_flow.sentinel.control import remote
     from casparian_flow.sentinel.paths import control_address
 

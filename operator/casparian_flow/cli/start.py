@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from casparian_flow.cli.context import App, pass_app
-from casparian_flow.cli.idle import IdleJudge
+from casparian_flow.cli.idle import IdleJudge, active
 from casparian_flow.cli.output import last_line, one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
 from casparian_flow.cli.services import LEVEL_VARIABLE, metrics_option
@@ -40,12 +40,16 @@ from casparian_flow.domain.errors import (
     SentinelUnreachableError,
 )
 from casparian_flow.domain.jobs import JobStatus
+from casparian_flow.domain.wording import counted
 from casparian_flow.sentinel.api import ControlApi, Row
 
 READY_TIMEOUT_S = 60.0
 SCOUT_GRACE_S = 15.0
 SENTINEL_GRACE_S = 30.0
 POLL_S = 0.1
+STALL_S = 10.0
+"""Without a change for so long, a person wonders why."""
+STALL_CAUSES = frozenset({"ledger", "waiting", "granted"})
 SCOUT, WORKERS, SENTINEL = 0, 1, 2
 """Stages, in the order of stopping."""
 
@@ -180,6 +184,8 @@ class Run:
     _failed_before: int = 0
     _known_failed: set[Any] | None = None
     _last: View | None = None
+    _moved: tuple[float, dict[str, int]] = field(default_factory=lambda: (0.0, {}))
+    """When the counts last changed, and what they were."""
 
     def run(self, *, exit_when_idle: bool, timeout_s: float | None) -> int:
         """Start everything, watch over it, drain; returns the exit code."""
@@ -267,7 +273,7 @@ class Run:
             supervisor.add(Plan(f"worker-{number}", arguments, WORKERS, grace))
         scout = (*self._flags(), "scout", "--report-fd", str(write_end))
         supervisor.add(Plan("scout", scout, SCOUT, SCOUT_GRACE_S, (write_end,)))
-        self.view.line(f"{self.workers} worker(s), 1 scout; Ctrl-C drains and stops")
+        self.view.line(f"{counted(self.workers, 'worker')}, 1 scout; Ctrl-C drains and stops")
 
     def _flags(self) -> tuple[str, ...]:
         return ("--debug",) if self.debug else ()
@@ -335,10 +341,10 @@ class Run:
         path = one_line(str(report["path"]))
         news = {name: report.get(name, 0) for name in ("versions", "jobs", "deleted", "renamed")}
         if any(news.values()):
-            self.view.line(
-                f"scout: {path}: {report['files']} files, {news['versions']} new versions, "
-                f"{news['jobs']} jobs, {news['deleted']} deleted, {news['renamed']} renamed"
-            )
+            told = [counted(report["files"], "file"), counted(news["versions"], "new version")]
+            told.append(counted(news["jobs"], "job"))
+            told += [f"{news[what]:,} {what}" for what in ("deleted", "renamed") if news[what]]
+            self.view.line(f"scout: {path}: {', '.join(told)}")
         for problem in report["problems"]:
             self._once(f"scout: {path}: {one_line(problem)}")
 
@@ -346,6 +352,7 @@ class Run:
         self._last = view
         self.judge.counted(view.counts, view.asked)
         self.view.update(view.counts)
+        self._tell_stall(view)
         if self._known_failed is None:
             # Failures of earlier runs are no news.
             old = max(0, len(view.failed) - max(0, self._failures(view)))
@@ -354,6 +361,15 @@ class Run:
             if row["id"] not in self._known_failed:
                 self._known_failed.add(row["id"])
                 self.view.line(_failure_line(row))
+
+    def _tell_stall(self, view: View) -> None:
+        """Say why jobs wait, once nothing has moved for a while."""
+        if view.counts != self._moved[1]:
+            self._moved = (view.asked, view.counts)
+        elif view.asked - self._moved[0] >= STALL_S and active(view.counts):
+            for cause in view.causes:
+                if cause.get("about") in STALL_CAUSES:
+                    self._once(f"{one_line(str(cause['cause']))} -> {one_line(str(cause['cure']))}")
 
     def _failures(self, view: View) -> int:
         return view.counts.get(JobStatus.FAILED.value, 0) - self._failed_before
@@ -385,9 +401,13 @@ class Run:
         failures = self._failures(view)
         waiting = view.counts.get(JobStatus.QUEUED.value, 0)
         if waiting:
-            self.view.line(f"{waiting} jobs wait for a paused plugin: 'casparian plugin resume'")
+            self.view.line(
+                f"{counted(waiting, 'job')} left of paused plugins: 'casparian plugin resume NAME'"
+            )
         if failures > 0:
-            self.view.line(f"{failures} jobs failed: 'casparian dead-letters' lists them")
+            self.view.line(
+                f"{counted(failures, 'job')} failed: 'casparian dead-letters' lists them"
+            )
         return 1 if failures > 0 or waiting else 0
 
     def _out_of_time(self, view: View | None, exit_when_idle: bool) -> int:

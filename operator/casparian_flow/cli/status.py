@@ -51,7 +51,7 @@ def workers(app: App) -> None:
 @output_option
 @pass_app
 def status(app: App) -> None:
-    """Tell how things stand, and if nothing happens, why and what to do about it."""
+    """Tell how things stand, and why if nothing happens."""
     found = app.control.status()
     if app.json:
         click.echo(to_json(found))

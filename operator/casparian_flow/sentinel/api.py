@@ -80,7 +80,7 @@ class ControlApi(Protocol):
     def status(self) -> Row:
         """{sentinel, ledger, jobs: {status: count}, workers: [...], plugins, sources, causes}.
 
-        `causes` is a list of {cause, cure}: why nothing happens, if nothing does.
+        `causes` is a list of {about, cause, cure}: why nothing happens, if nothing does.
         """
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.outputs import parse_sink_uri
+from casparian_flow.domain.wording import counted
 
 Row = dict[str, Any]
 LISTED_MAX = 5
@@ -37,11 +38,12 @@ class Facts:
 
 
 def explain(facts: Facts) -> list[Row]:
-    """Causes that hold, the one to look at first on top: {cause, cure}."""
-    found: list[Row] = []
-    for check in _CHECKS:
-        found.extend({"cause": cause, "cure": cure} for cause, cure in check(facts))
-    return found
+    """Causes that hold, the one to look at first on top: {about, cause, cure}."""
+    return [
+        {"about": about, "cause": cause, "cure": cure}
+        for about, check in _CHECKS.items()
+        for cause, cure in check(facts)
+    ]
 
 
 Found = Iterator[tuple[str, str]]
@@ -110,11 +112,11 @@ def _waiting(facts: Facts) -> Found:
     if not queued:
         return
     if not facts.running:
-        yield f"{queued} jobs are queued and no Sentinel runs", "Run 'casparian start'."
+        yield f"{_jobs(queued, 'is', 'are')} queued and no Sentinel runs", "Run 'casparian start'."
         return
     if not facts.workers:
         yield (
-            f"{queued} jobs are queued and no worker is connected",
+            f"{_jobs(queued, 'is', 'are')} queued and no worker is connected",
             "Run 'casparian start', or 'casparian worker --connect ADDRESS'.",
         )
     for row in facts.standing["plugins"]:
@@ -122,27 +124,34 @@ def _waiting(facts: Facts) -> Found:
             yield from _held_up(facts, row)
 
 
+def _jobs(number: int, one: str, several: str) -> str:
+    return f"{counted(number, 'job')} {one if number == 1 else several}"
+
+
 def _held_up(facts: Facts, row: Row) -> Found:
     name, queued = row["plugin_name"], row["queued"]
     if row["paused"]:
         yield (
-            f"{queued} jobs wait because plugin {name} is paused: {row['pause_reason']}",
+            (
+                f"{_jobs(queued, 'waits', 'wait')} because plugin {name} is paused: "
+                f"{row['pause_reason']}"
+            ),
             f"Correct the cause, then run 'casparian plugin resume {name}'.",
         )
     elif not row["version"]:
         yield (
-            f"{queued} jobs wait for plugin {name}, which has no active version",
+            f"{_jobs(queued, 'waits', 'wait')} for plugin {name}, which has no active version",
             f"Publish it with 'casparian publish {name}.py --version …'.",
         )
     elif facts.workers and not any(_runs(worker, name) for worker in facts.workers):
         yield (
-            f"{queued} jobs wait for plugin {name}, which no connected worker takes",
+            f"{_jobs(queued, 'waits', 'wait')} for plugin {name}, which no connected worker takes",
             "Start a worker that takes it, or one that takes any plugin.",
         )
     elif row["delayed"] == queued:
         yield (
-            f"{queued} jobs of plugin {name} failed and wait for their next try",
-            f"They run by themselves; 'casparian jobs --plugin {name}' shows when and why.",
+            f"{counted(queued, 'job')} of plugin {name} failed and will be tried again",
+            f"The next try comes by itself; 'casparian jobs --plugin {name}' shows why.",
         )
 
 
@@ -163,7 +172,7 @@ def _sinks(facts: Facts) -> Found:
                 )
         if row["completed"] and not row["outputs"]:
             yield (
-                f"plugin {name} completed {row['completed']} jobs and wrote nothing",
+                f"plugin {name} completed {counted(row['completed'], 'job')} and wrote nothing",
                 (
                     f"It published no data: see 'casparian job logs {row['a_completed_job']}', and "
                     "'casparian topics' for where its topics go."
@@ -198,7 +207,7 @@ def _failures(facts: Facts) -> Found:
     message = (last["error_message"] or "").strip().splitlines() or [""]
     yield (
         (
-            f"{dead} jobs failed for good; the last is job {last['job_id']} of plugin "
+            f"{counted(dead, 'job')} failed for good; the last is job {last['job_id']} of plugin "
             f"{last['plugin_name']}: {last['reason']}: {message[-1][:300]}"
         ),
         (
@@ -218,14 +227,14 @@ def _nothing_to_do(facts: Facts) -> Found:
     )
 
 
-_CHECKS: tuple[Callable[[Facts], Found], ...] = (
-    _ledger,
-    _sources,
-    _plugins,
-    _routing,
-    _waiting,
-    _sinks,
-    _granted,
-    _failures,
-    _nothing_to_do,
-)
+_CHECKS: dict[str, Callable[[Facts], Found]] = {
+    "ledger": _ledger,
+    "sources": _sources,
+    "plugins": _plugins,
+    "routing": _routing,
+    "waiting": _waiting,
+    "sinks": _sinks,
+    "granted": _granted,
+    "failures": _failures,
+    "idle": _nothing_to_do,
+}

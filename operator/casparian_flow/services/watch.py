@@ -69,7 +69,7 @@ def run_scout(
         roots: ids of source roots, None for every active one.
         interval_s: seconds between the beginnings of two scans of a root.
         on_report: called after every scan with its report as a row, with `path`; after one that
-            failed with {root_id, path, complete: False, problems}.
+            failed with {root_id, path, complete: False, problems}. Without it problems are logged.
         settle_seconds: for roots without a value of their own.
         hints: whether to watch for file system events.
 
@@ -81,7 +81,7 @@ def run_scout(
         wanted=None if roots is None else frozenset(roots),
         interval_s=interval_s,
         stop=stop,
-        on_report=on_report or (lambda _row: None),
+        on_report=on_report,
         settle_seconds=DEFAULT_SETTLE_S if settle_seconds is None else settle_seconds,
         clock=clock or SystemClock(),
     )
@@ -95,7 +95,7 @@ class _Loop:
     wanted: frozenset[int] | None
     interval_s: float
     stop: threading.Event
-    on_report: OnReport
+    on_report: OnReport | None
     settle_seconds: float
     clock: Clock
     roots: dict[int, _Root] = field(default_factory=dict)
@@ -188,24 +188,24 @@ class _Loop:
         except SentinelUnreachableError:
             raise
         except CasparianError as error:
-            if not isinstance(error, ConflictError):
-                log.error("%s: scan failed: %s %s", root.row["path"], error, error.hint)
             root.force |= force
             row = {
                 "root_id": root.row["id"],
                 "path": root.row["path"],
                 "complete": False,
-                "problems": [str(error)],
+                "problems": [_problem(error)],
             }
         ended = self.clock.now().mono
         with self.guard:
             root.soonest = ended + max(SOONEST_S, REST_FACTOR * (ended - started))
             if row.get("unsettled"):
                 self._bring_forward(root, ended)
-        self._tell(root, row)
-        self.on_report(row)
+        if self.on_report is None:
+            self._log_problems(root, row)
+        else:
+            self.on_report(row)
 
-    def _tell(self, root: _Root, row: Row) -> None:
+    def _log_problems(self, root: _Root, row: Row) -> None:
         problems = set(row["problems"])
         for problem in sorted(problems - root.told):
             log.warning("%s: %s", row["path"], problem)
@@ -215,6 +215,12 @@ class _Loop:
 @contextmanager
 def _no_hints() -> Iterator[None]:
     yield
+
+
+def _problem(error: CasparianError) -> str:
+    if isinstance(error, ConflictError):  # somebody else scans just now
+        return str(error)
+    return f"scan failed: {error}" + (f" ({error.hint})" if error.hint else "")
 
 
 @contextmanager
