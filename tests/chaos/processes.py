@@ -92,16 +92,8 @@ class Zygote:
             pass
         return service.status
 
-    def orphans(self) -> list[psutil.Process]:
-        """Descendants beside the services themselves and what belongs to a live one."""
-        found = []
-        for child in psutil.Process(self.process.pid).children():
-            service = self.services.get(child.pid)
-            if service is None or not service.alive:
-                found.append(child)
-        return found
-
     def family(self) -> list[psutil.Process]:
+        """All services and what they have started; what outlived its parent is among them."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def _hear(self, timeout_s: float) -> bool:
