@@ -61,11 +61,16 @@ def test_patterns_match_as_in_gitignore(pattern: str, path: str, expected: bool)
 
 
 @pytest.mark.parametrize(
-    "pattern", ["", "  ", "#x", "[", "[a-", "a\\", "/", "x" * 501, "a\0b", "**/" * 7]
+    "pattern", ["", "  ", "#x", "[", "[a-", "a\\", "/", "x" * 501, "a\0b", "**/" * 7, "[z--]x"]
 )
 def test_unusable_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(UsageError):
         compile_pattern(pattern)
+
+
+def test_a_set_that_begins_with_a_bracket_compiles_without_a_warning() -> None:
+    assert compile_pattern("a[[]*").matches("a[1]")
+    assert compile_rules(["a[[]?*", "[[b]?/x*"]).problems == ()
 
 
 def test_matching_cannot_be_made_to_backtrack_without_end() -> None:

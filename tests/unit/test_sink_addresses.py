@@ -60,6 +60,7 @@ def test_options_are_read_and_do_not_change_where_the_rows_go() -> None:
         ("parquet://%00", "control characters"),
         ("parquet://a\nb", "control characters"),
         ("parquet://%ff", "not UTF-8"),
+        ("parquet://a\udcff", "not valid Unicode"),
         ("parquet://" + "a" * 2000, "too long"),
         ("s3://bucket/x", "unknown scheme 's3'"),
         ("sales.parquet", "unknown scheme"),

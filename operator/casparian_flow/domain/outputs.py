@@ -110,6 +110,8 @@ def parse_sink_uri(uri: str) -> SinkAddress:
     full, uri = uri, _told(uri)
     if len(full) > 2000 or any(ord(c) < 32 for c in full):
         raise UsageError(f"sink URI {uri[:80]!r} is too long or has control characters")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in full):
+        raise UsageError(f"sink URI {uri[:80]!r} is not valid Unicode")
     if not separator or scheme not in SCHEMES:
         raise UsageError(
             f"sink URI {uri!r}: unknown scheme {scheme!r}",

@@ -1,11 +1,10 @@
 """Which files a scan leaves out."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from casparian_flow.domain.errors import UsageError
-from casparian_flow.services.patterns import Pattern, compile_pattern
+from casparian_flow.services.patterns import Pattern, compile_pattern, compile_source
 
 DEFAULT_IGNORES = (".git/", "__pycache__/", "*.tmp", ".DS_Store")
 """Beside files whose name begins with a dot; those can be had back by a pattern such as `!.env`."""
@@ -115,5 +114,5 @@ def _any_of(patterns: Sequence[Pattern]) -> Callable[[str], bool]:
         return lambda _path: False
     # Group names would clash when patterns are joined.
     sources = [p.regex.pattern.replace("(?P<ps_d>", "(?:") for p in patterns]
-    search = re.compile("|".join(f"(?:{s})" for s in sources), re.DOTALL).match
+    search = compile_source("|".join(f"(?:{s})" for s in sources)).match
     return lambda path: search(path) is not None

@@ -6,7 +6,9 @@ the two commonest shapes (`*.csv`, `name`) avoid regular expressions altogether.
 """
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -78,22 +80,42 @@ def compile_pattern(text: str) -> Pattern:
         )
     if text.count("**") > MAX_DOUBLE_STARS:
         raise UsageError(f"pattern {text!r} has more than {MAX_DOUBLE_STARS} '**'")
-    try:
-        translated = GitIgnoreSpecPattern(text)
-    except ValueError as error:
-        raise _malformed(text) from error
-    if translated.regex is None or translated.include is None:
-        raise _malformed(text)
-    source = _bounded(translated.regex.pattern).replace("|$)", r"|\Z)")
+    negated, regex = _translate(text)
     body = text[1:] if text.startswith("!") else text
     return Pattern(
         text=text,
-        negated=not translated.include,
-        regex=re.compile(source, re.DOTALL),
+        negated=negated,
+        regex=regex,
         suffix=body[1:] if body[:1] == "*" and _LITERAL.fullmatch(body[1:]) else "",
         literal=body if _LITERAL.fullmatch(body) else "",
         directory_only=body.endswith("/"),
     )
+
+
+def _translate(text: str) -> tuple[bool, re.Pattern[str]]:
+    try:
+        with _no_future_sets():
+            translated = GitIgnoreSpecPattern(text)
+        if translated.regex is None or translated.include is None:
+            raise _malformed(text)
+        source = _bounded(translated.regex.pattern).replace("|$)", r"|\Z)")
+        return not translated.include, compile_source(source)
+    except (ValueError, re.error) as error:
+        raise _malformed(text) from error
+
+
+def compile_source(source: str) -> re.Pattern[str]:
+    """Compile what `Pattern.regex.pattern` gave, or several of them joined."""
+    with _no_future_sets():
+        return re.compile(source, re.DOTALL)
+
+
+@contextmanager
+def _no_future_sets() -> Iterator[None]:
+    """Python warns of "[[" in a set, which may mean more one day; in gitignore it never does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _malformed(text: str) -> UsageError:
