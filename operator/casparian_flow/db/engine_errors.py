@@ -9,6 +9,7 @@ from pathlib import Path
 import duckdb
 
 from casparian_flow.domain.errors import (
+    CommitFailedError,
     LedgerCorruptError,
     LedgerError,
     LedgerLockedError,
@@ -29,6 +30,7 @@ _COMMIT_CAUSES: tuple[tuple[str, str, str], ...] = (
     ("Read-only file system", "the file system is read-only", "Mount it writable again."),
     ("read-only mode", "the ledger is open read-only", "Open it for writing."),
     ("Permission denied", "writing is not permitted", "Check the owner and mode of the file."),
+    ("fsync failed", "the disk cannot be synced", "Check the disk before going on."),
     ("Input/output error", "the disk reports an I/O error", "Check the disk before going on."),
     (
         "Corrupt database file",
@@ -39,18 +41,30 @@ _COMMIT_CAUSES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def commit_error(error: duckdb.Error, outcome_unknown: bool) -> LedgerUnavailableError:
+def commit_error(error: duckdb.Error, outcome_unknown: bool) -> CommitFailedError:
     """What a failed commit means: nothing of it may be acknowledged."""
     text = str(error)
-    cause, hint = "the database refused it", "See the message; nothing was acknowledged."
-    for needle, known_cause, known_hint in _COMMIT_CAUSES:
-        if needle in text:
-            cause, hint = known_cause, known_hint
-            break
+    cause, hint = _cause(text)
     if outcome_unknown:
         cause += ", and whether it reached the disk is unknown"
-        hint += " The ledger has to be opened anew."
-    return LedgerUnavailableError(f"commit failed: {cause} ({_first_line(text)})", hint=hint)
+        hint += " A running Sentinel opens the ledger anew by itself."
+    return CommitFailedError(f"commit failed: {cause} ({_first_line(text)})", hint=hint)
+
+
+def export_error(folder: Path, error: duckdb.Error) -> LedgerUnavailableError:
+    """Why an export could not be written to `folder`."""
+    cause, _ = _cause(str(error))
+    return LedgerUnavailableError(
+        f"the export to {folder} failed: {cause} ({_first_line(str(error))})",
+        hint="Choose a folder with room that may be written, and repeat the export.",
+    )
+
+
+def _cause(text: str) -> tuple[str, str]:
+    for needle, cause, hint in _COMMIT_CAUSES:
+        if needle in text:
+            return cause, hint
+    return "the database refused it", "See the message; nothing was acknowledged."
 
 
 def read_error(path: Path | None, error: duckdb.Error) -> LedgerError:

@@ -27,6 +27,7 @@ from casparian_flow.db import check, exchange, folding, loading, opening, shapes
 from casparian_flow.db.counters import EPOCH_LEAP, ID_LEAP, Counters, leap
 from casparian_flow.db.engine_errors import (
     commit_error,
+    export_error,
     is_fatal,
     open_error,
     read_error,
@@ -38,10 +39,10 @@ from casparian_flow.db.highwater import HighWater, check_mark, sidecar_path
 from casparian_flow.db.journal import Folded, encode_data, fold_into
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import (
+    CommitFailedError,
     ConflictError,
     InvariantError,
     LedgerLockedError,
-    LedgerUnavailableError,
     UsageError,
     require,
 )
@@ -842,7 +843,7 @@ class Ledger:
             try:
                 return exchange.export_tables(self._connection, Path(directory), self.ledger_id)
             except duckdb.IOException as error:
-                raise commit_error(error, outcome_unknown=False) from error
+                raise export_error(Path(directory), error) from error
 
     def import_from(self, directory: str | Path) -> dict[str, Any]:
         """Take over an export into this ledger, which must be new; its id becomes the export's.
@@ -893,9 +894,9 @@ class Ledger:
         if self._closed:
             raise InvariantError("the ledger is closed")
         if self.must_reopen:
-            raise LedgerUnavailableError(
+            raise CommitFailedError(
                 "the ledger failed in a way whose outcome is unknown",
-                hint="It has to be opened anew before anything else.",
+                hint="A running Sentinel opens it anew by itself; else repeat the command.",
             )
 
     def _begin(self) -> None:
@@ -917,9 +918,9 @@ class Ledger:
             except OSError as error:
                 # The commit stands, but a later loss of it could not be noticed.
                 self.must_reopen = True
-                raise LedgerUnavailableError(
+                raise CommitFailedError(
                     f"the high-water mark cannot be written: {error}",
-                    hint="Free space or check the disk; the ledger has to be opened anew.",
+                    hint="Free space or check the disk; a running Sentinel then goes on by itself.",
                 ) from error
         size = self._wal_size()
         if size < self._wal_bytes and self.path is not None:

@@ -55,6 +55,10 @@ class LedgerCorruptError(LedgerError):
 
 
 class LedgerUnavailableError(LedgerError):
+    """The ledger cannot do this now (no space, I/O error, busy); later it may."""
+
+
+class CommitFailedError(LedgerUnavailableError):
     """A commit failed (disk full, read-only, I/O error); its outcome is not acknowledged."""
 
 

@@ -149,6 +149,11 @@ class SentinelCore(Generic[L]):
         if self.ready and jobs:
             self._events.append(JobsAdded(jobs))
 
+    def suspend(self, error: LedgerError) -> None:
+        """Stop admission because a write elsewhere has failed; it is tried again as ever."""
+        if self.ready:
+            self._suspend(error)
+
     # -- one turn ---------------------------------------------------------------------------
 
     def turn(self) -> list[Output]:
@@ -159,9 +164,9 @@ class SentinelCore(Generic[L]):
             call = self._calls.popleft()
             call.done(call.future)
             error = call.future.exception()
-            if self.ready and isinstance(error, LedgerUnavailableError):
+            if isinstance(error, LedgerUnavailableError):
                 # What a scan or a deploy could not write, no job's record can either.
-                self._suspend(error)
+                self.suspend(error)
         if self.ready:
             events, self._events = self._events, []
             if events or self._due(now.mono):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from casparian_flow.domain.clock import Clock
-from casparian_flow.domain.errors import CasparianError, SentinelUnreachableError
+from casparian_flow.domain.errors import CasparianError, CommitFailedError, SentinelUnreachableError
 from casparian_flow.domain.records import BatchItem, Completion, Job, PluginSpec
 from casparian_flow.sentinel.core import Failed, LedgerOps, LedgerWriter, SentinelCore
 from casparian_flow.sentinel.events import Event, PluginsChanged, Reply, Rescan, Send
@@ -101,7 +101,15 @@ class CoreLoop(Generic[L]):
         """Run something in the ledger's thread that neither makes jobs nor changes the wiring."""
         if self._closed:
             raise _stopping()
-        return self._writer.call(fn)
+        future = self._writer.call(fn)
+        future.add_done_callback(self._note_failed_write)
+        return future
+
+    def _note_failed_write(self, future: Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, CommitFailedError):
+            self._inbox.append(lambda: self.core.suspend(error))
+            self._wake()
 
     def enlist(self, fn: Callable[[L], tuple[T, Sequence[Job]]]) -> Future[T]:
         """Run a write in the ledger's thread that makes jobs, and tell the broker of them."""

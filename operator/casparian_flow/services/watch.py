@@ -106,16 +106,25 @@ class _Loop:
         while not self.stop.is_set():
             mono = self.clock.now().mono
             if mono >= refresh_at:
-                self._refresh(mono)
+                self._try(lambda: self._refresh(self.clock.now().mono))
                 refresh_at = mono + self.interval_s
             if mono >= rescans_at:
-                self._take_rescans()
+                self._try(self._take_rescans)
                 rescans_at = mono + RESCANS_EVERY_S
             root = self._most_due(mono)
             if root is None:
                 self.stop.wait(POLL_S)
             else:
                 self._scan(root)
+
+    def _try(self, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+        except SentinelUnreachableError:
+            raise
+        except CasparianError as error:
+            # Its ledger may be full or failing: `status` says so, and the next interval asks again.
+            log.info("the Sentinel does not answer as it should: %s", error)
 
     def paths(self) -> list[str]:
         """Of all roots, for the operating system."""
