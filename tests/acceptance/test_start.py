@@ -130,6 +130,7 @@ def test_a_taken_port_is_told_with_what_to_do(flow: Flow) -> None:
         taken.listen()
         done = flow.run("start", code=None)
     assert done.returncode not in {0, 130}
+    assert done.stderr.count("is in use") == 1, done.stderr
     assert f"{flow.port}" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("hint: "), done.stderr
     assert "Traceback" not in done.stderr

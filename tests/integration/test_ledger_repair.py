@@ -227,7 +227,9 @@ def test_a_log_older_than_the_file_is_not_applied_twice(path: Path) -> None:
     Ledger.open(path, clock=CLOCK).close()
     beside(path, ".wal").write_bytes(old_log)
     beside(path, ".hwm").unlink()
-    with pytest.raises(LedgerCorruptError, match="older than its file|older version of this database"):
+    with pytest.raises(
+        LedgerCorruptError, match="older than its file|older version of this database"
+    ):
         Ledger.open(path, clock=CLOCK)
     assert repair(path, CLOCK).used == ATTEMPTS[2]
     with Ledger.open(path, clock=CLOCK) as ledger:

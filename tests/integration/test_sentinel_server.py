@@ -603,7 +603,7 @@ def test_a_second_sentinel_on_the_same_ledger_or_address_is_refused(
 ) -> None:
     sentinel = place.start()
     other = SentinelConfig(bind_address="tcp://127.0.0.1:*", database=place.database)
-    with pytest.raises(LedgerLockedError):
+    with pytest.raises(LedgerLockedError, match="a Sentinel already runs"):
         Sentinel(other).run()
     taken = SentinelConfig(bind_address=sentinel.bind_address, database=tmp_path / "b.duckdb")
     with pytest.raises(ConflictError, match="is in use") as caught:
@@ -611,6 +611,14 @@ def test_a_second_sentinel_on_the_same_ledger_or_address_is_refused(
     assert "bind_address" in caught.value.hint
     with connect(tmp_path / "b.duckdb") as local:
         assert local.ping()["bind_address"] == ""
+
+
+def test_a_starting_sentinel_waits_for_a_command_that_has_the_ledger_open(place: Place) -> None:
+    with connect(place.database) as command:
+        threading.Timer(0.5, command.close).start()
+        began = time.monotonic()
+        place.start()
+        assert time.monotonic() - began >= 0.4
 
 
 @pytest.mark.parametrize("address", ["tcp://nowhere", "nonsense", "tcp://8.8.8.8:5555"])

@@ -294,10 +294,11 @@ def test_rules_are_listed_added_and_removed(casparian: Casparian) -> None:
 
 
 def test_status_names_cause_and_cure(casparian: Casparian) -> None:
+    sandbox = {"landlock": "no kernel", "seccomp": "applied (some)", "rlimits": "applied"}
     status = {
         "sentinel": None,
         "jobs": {"QUEUED": 2, "COMPLETED": 0},
-        "workers": [{"worker_id": "w", "status": "IDLE", "sandbox": {"landlock": "no kernel"}}],
+        "workers": [{"worker_id": "w", "status": "IDLE", "sandbox": sandbox}],
         "causes": [{"cause": "no worker is connected", "cure": "Run 'casparian start'."}],
     }
     done = casparian("status", status=status)
@@ -305,6 +306,7 @@ def test_status_names_cause_and_cure(casparian: Casparian) -> None:
     assert "2 queued" in done.out
     assert "no worker is connected\n  -> Run 'casparian start'." in done.out
     assert "no kernel" in done.out
+    assert "seccomp" not in done.out
     assert casparian("status", "-o", "json", status=status).json == status
 
 

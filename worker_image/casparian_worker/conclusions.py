@@ -34,4 +34,4 @@ def described(error: Exception) -> str:
     """The error in one line for people, with its hint."""
     if not isinstance(error, CasparianError):
         return f"{type(error).__name__}: {error}"
-    return f"{error} {error.hint}".strip()
+    return error.with_hint()

@@ -47,6 +47,9 @@ READY_TIMEOUT_S = 60.0
 SCOUT_GRACE_S = 15.0
 SENTINEL_GRACE_S = 30.0
 POLL_S = 0.1
+SCAN_NEWS = (("versions", "new version"), ("jobs", "job"))
+LAST_WORDS = ("error: ", "hint: ")
+"""How a child begins to say why it ends; told once, with its death."""
 STALL_S = 10.0
 """Without a change for so long, a person wonders why."""
 STALL_CAUSES = frozenset({"ledger", "waiting", "granted"})
@@ -310,9 +313,8 @@ class Run:
         """
         name, code = death.child.plan.name, death.exit_code
         if death.child.state is State.WAITING:
-            self.view.line(
-                f"{name}: {told_exit(code)}; starting it again in {death.child.delay_s:g} s"
-            )
+            why = _last_words(death.child, "error: ") or told_exit(code)
+            self.view.line(f"{name}: {why}; starting it again in {death.child.delay_s:g} s")
         elif code == 0:
             self.view.line(f"{name}: stopped")
             return death.child.plan.stage == SENTINEL
@@ -339,12 +341,8 @@ class Run:
             int(report["root_id"]), int(report.get("unsettled", 1)), self.clock.now().mono
         )
         path = one_line(str(report["path"]))
-        news = {name: report.get(name, 0) for name in ("versions", "jobs", "deleted", "renamed")}
-        if any(news.values()):
-            told = [counted(report["files"], "file"), counted(news["versions"], "new version")]
-            told.append(counted(news["jobs"], "job"))
-            told += [f"{news[what]:,} {what}" for what in ("deleted", "renamed") if news[what]]
-            self.view.line(f"scout: {path}: {', '.join(told)}")
+        if len(_scan_news(report)) > 1:
+            self.view.line(f"scout: {path}: {', '.join(_scan_news(report))}")
         for problem in report["problems"]:
             self._once(f"scout: {path}: {one_line(problem)}")
 
@@ -431,7 +429,17 @@ class Run:
         self.view.line(f"stopped: {told}" + (f" (exit code {code})" if code else ""))
 
     def _say(self, name: str, line: str) -> None:
-        self.view.line(f"{name}: {one_line(line)}")
+        if not line.startswith(LAST_WORDS):
+            self.view.line(f"{name}: {one_line(line)}")
+
+
+def _scan_news(report: Row) -> list[str]:
+    """What a scan has found, beginning with the number of files."""
+    told = [counted(report.get("files", 0), "file")]
+    told += [counted(report[k], n) for k, n in SCAN_NEWS if report.get(k)]
+    return told + [
+        f"{report[what]:,} {what}" for what in ("deleted", "renamed") if report.get(what)
+    ]
 
 
 def _failure_line(row: Row) -> str:
@@ -443,9 +451,12 @@ def _failure_line(row: Row) -> str:
 
 def _cannot_start(death: Death) -> CasparianError:
     child: Child = death.child
-    told = [line.removeprefix("error: ") for line in child.tail if line.startswith("error: ")]
-    hints = [line.removeprefix("hint: ") for line in child.tail if line.startswith("hint: ")]
-    message = told[-1] if told else told_exit(death.exit_code)
-    error = CasparianError(f"{child.plan.name}: {message}", hint=hints[-1] if hints else "")
+    message = _last_words(child, "error: ") or told_exit(death.exit_code)
+    error = CasparianError(f"{child.plan.name}: {message}", hint=_last_words(child, "hint: "))
     error.exit_code = death.exit_code if 0 < death.exit_code < 128 else 1
     return error
+
+
+def _last_words(child: Child, kind: str) -> str:
+    told = [line.removeprefix(kind) for line in child.tail if line.startswith(kind)]
+    return one_line(told[-1]) if told else ""

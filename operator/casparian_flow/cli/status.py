@@ -112,7 +112,7 @@ def _sandbox(rows: list[Row]) -> None:
         (str(row.get("worker_id")), measure, state)
         for row in rows
         for measure, state in (row.get("sandbox") or {}).items()
-        if state != "applied"
+        if not state.startswith("applied")
     ]
     if gaps:
         click.echo("\nsandbox measures that do not apply")

@@ -177,6 +177,7 @@ class Supervisor:
             process_group=0,
         )
         child.started = self._clock.now().mono
+        child.tail.clear()
         child.state, child.exit_code, child.partial = State.RUNNING, None, b""
         output = child.process.stdout
         if output is not None:

@@ -17,6 +17,15 @@ class CasparianError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    def with_hint(self) -> str:
+        """Message and hint in one line.
+
+        >>> CasparianError("the disk is full", hint="Make room.").with_hint()
+        'the disk is full. Make room.'
+        """
+        end = "" if not self.hint or str(self).endswith((".", "!", "?", ":")) else "."
+        return f"{self}{end} {self.hint}".rstrip()
+
 
 class UsageError(CasparianError):
     """The request itself is wrong; repeating it cannot help."""

@@ -24,12 +24,18 @@ import zmq
 from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
 from casparian_flow.db.writer import LedgerThread
 from casparian_flow.domain.clock import Clock, SystemClock, system_random
-from casparian_flow.domain.errors import ConfigError, LedgerUnavailableError
+from casparian_flow.domain.errors import (
+    ConfigError,
+    LedgerLockedError,
+    LedgerUnavailableError,
+    SentinelUnreachableError,
+)
 from casparian_flow.domain.ids import Identity
 from casparian_flow.domain.records import Limits
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
+from casparian_flow.sentinel.control import remote
 from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.sentinel.control_server import ControlServer
 from casparian_flow.sentinel.core import SentinelCore
@@ -48,6 +54,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
+LOCK_WAIT_S = 10.0
+"""A command that runs without a Sentinel opens the ledger itself, for moments as a rule."""
+LOCK_POLL_S = 0.1
 START_TIMEOUT_S = 120.0
 """For the first commit and reading the queue's head; a big ledger takes a second."""
 FLUSH_S = 10.0
@@ -195,13 +204,38 @@ class Sentinel:
         if str(self.config.database) == IN_MEMORY:
             ledger = Ledger.in_memory(clock=self._clock)
         else:
-            ledger = Ledger.open(
-                Path(self.config.database),
-                clock=self._clock,
-                memory_limit_mb=self.config.memory_limit_mb,
-            )
+            ledger = self._await_lock(Path(self.config.database))
         ledger.limits = self.config.limits
         return ledger
+
+    def _await_lock(self, path: Path) -> Ledger:
+        """Open the ledger, once the command that has it open, if one has, is done."""
+        deadline = self._clock.now().mono + LOCK_WAIT_S
+        waited = False
+        while True:
+            try:
+                return Ledger.open(
+                    path, clock=self._clock, memory_limit_mb=self.config.memory_limit_mb
+                )
+            except LedgerLockedError as error:
+                self._refuse_second(error)
+                if self._stops or self._clock.now().mono >= deadline:
+                    raise
+                if not waited:
+                    log.warning("%s; waiting for that to end", error)
+                waited = True
+            threading.Event().wait(LOCK_POLL_S)
+
+    def _refuse_second(self, locked: LedgerLockedError) -> None:
+        with remote(control_address(self.config.database, self.config.control_address)) as other:
+            try:
+                pid = other.ping().get("pid")
+            except SentinelUnreachableError:
+                return
+        raise LedgerLockedError(
+            f"a Sentinel already runs for this ledger (process {pid})",
+            hint="Stop it with 'casparian stop', or add workers to it with 'casparian worker'.",
+        ) from locked
 
     def _make_broker(self) -> Broker:
         return Broker(self._broker_config, system_random())

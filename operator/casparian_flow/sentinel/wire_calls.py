@@ -65,7 +65,7 @@ class WireCalls:
         try:
             answer = self._answer(message)
         except CasparianError as error:
-            text = f"{error} {error.hint}".rstrip()
+            text = error.with_hint()
             answer = m.Ack(success=False, message=text)
         except Exception as error:
             log.exception("a DEPLOY or RELOAD from the wire failed")

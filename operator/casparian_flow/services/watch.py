@@ -229,7 +229,7 @@ def _no_hints() -> Iterator[None]:
 def _problem(error: CasparianError) -> str:
     if isinstance(error, ConflictError):  # somebody else scans just now
         return str(error)
-    return f"scan failed: {error}" + (f" ({error.hint})" if error.hint else "")
+    return f"scan failed: {error.with_hint()}"
 
 
 @contextmanager
