@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,3 +182,33 @@ def test_a_log_keeps_the_tail_of_each_job() -> None:
     assert log.take(2) == "bad \ufffd\x1e"
     log.drain()
     assert log.closed
+
+
+def test_a_length_alone_takes_little_memory(pair: tuple[socket.socket, socket.socket]) -> None:
+    host, guest = pair
+    guest.sendall(
+        bridge.HEADER.pack(Kind.BATCH, 0, 1, 1, bridge.BODY_BYTES_MAX) + b"t" + bytes(1000)
+    )
+    reader = FrameReader(host)
+    tracemalloc.start()
+    reader.fill()
+    assert reader.pop() is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reader.partial
+    assert peak < bridge.BODY_BYTES_MAX // 8
+
+
+def test_a_body_larger_than_its_first_memory_arrives_whole(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    host, guest = pair
+    body = random.Random(7).randbytes(1 << 20) * 40 + b"end"
+    raw = pack(Kind.BATCH, 1, name="t", body=body)
+    sender = threading.Thread(target=guest.sendall, args=(raw,))
+    sender.start()
+    reader = FrameReader(host)
+    while (frame := reader.pop()) is None:
+        assert reader.fill()
+    sender.join()
+    assert frame.body == body

@@ -34,6 +34,8 @@ MESSAGE_BYTES_MAX = 64 * 1024
 """An error's text, cut by the guest."""
 SOCKET_BUFFER_BYTES = 1024 * 1024
 _CHUNK = 256 * 1024
+_FIRST_BODY_BYTES = 16 * 1024 * 1024
+"""Memory taken for a large body at once; more than the SDK's batches have."""
 
 
 class Kind(IntEnum):
@@ -137,7 +139,7 @@ class FrameReader:
         self._start = 0
         self._head: tuple[Kind, int, str] | None = None
         self._body: bytearray | None = None
-        self._filled = 0
+        self._filled = self._length = 0
 
     @property
     def partial(self) -> bool:
@@ -151,7 +153,9 @@ class FrameReader:
             BlockingIOError: nothing is there, on a non-blocking socket.
         """
         body = self._body
-        if body is not None and self._filled < len(body):
+        if body is not None and self._filled < self._length:
+            if self._filled == len(body):
+                body += bytes(min(len(body), self._length - len(body)))
             count = self._sock.recv_into(memoryview(body)[self._filled :])
             self._filled += count
             return count > 0
@@ -169,7 +173,7 @@ class FrameReader:
             BridgeError: unknown kind, reserved bits, a length beyond its bound, a bad name.
         """
         if self._body is not None:
-            if self._filled < len(self._body):
+            if self._filled < self._length:
                 return None
             kind, job, name = self._head or (Kind.ERROR, 0, "")
             body, self._body, self._head = self._body, None, None
@@ -191,7 +195,9 @@ class FrameReader:
         # A large body gets memory of its own, filled straight from the socket.
         self._head = (kind, job, name)
         self._filled = len(buffer) - body_start
-        self._body = bytearray(length)
+        # It grows with what arrives: a length alone is cheap to write.
+        self._length = length
+        self._body = bytearray(min(length, _FIRST_BODY_BYTES))
         self._body[: self._filled] = buffer[body_start:]
         buffer.clear()
         self._start = 0
