@@ -68,7 +68,7 @@ def test_no_output_because_the_plugin_published_nothing(flow: Flow) -> None:
     flow.write("inbox/a.csv", "a\n1\n")
     flow.work_off()
     said = causes(flow)
-    assert "completed 1 jobs and wrote nothing" in said
+    assert "completed 1 job and wrote nothing" in said
     assert "casparian topics" in said
 
 

@@ -228,7 +228,7 @@ def test_a_log_older_than_the_file_is_not_applied_twice(path: Path) -> None:
     beside(path, ".wal").write_bytes(old_log)
     beside(path, ".hwm").unlink()
     with pytest.raises(
-        LedgerCorruptError, match="older than its file|older version of this database"
+        LedgerCorruptError, match=r"older than its file|older version of this database"
     ):
         Ledger.open(path, clock=CLOCK)
     assert repair(path, CLOCK).used == ATTEMPTS[2]

@@ -4,6 +4,8 @@ DuckDB tells failures apart by message text only; the texts below are those of 1
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -78,6 +80,18 @@ def read_error(path: Path | None, error: duckdb.Error) -> LedgerError:
         f"the ledger cannot be read: {_first_line(text)}",
         hint="Look at the disk and at the memory limit, then repeat this.",
     )
+
+
+@contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Reads of a ledger: whatever the engine says in here is raised as a LedgerError.
+
+    A cursor opened before a failed commit meets a database that the failure has invalidated.
+    """
+    try:
+        yield
+    except duckdb.Error as error:
+        raise read_error(path, error) from error
 
 
 def side_file_error(path: Path, error: OSError) -> LedgerUnavailableError:

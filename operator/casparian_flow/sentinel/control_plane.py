@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from casparian_flow import __version__
 from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
+from casparian_flow.db.engine_errors import reading
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import load_counts
 from casparian_flow.domain.clock import Clock, Now
@@ -127,7 +128,8 @@ class ControlPlane:
         """A cursor that sees everything committed so far, for use in this thread."""
         connection = self._write(_fresh_reader)
         try:
-            yield connection
+            with reading(Path(self._database)):
+                yield connection
         finally:
             connection.close()
 
