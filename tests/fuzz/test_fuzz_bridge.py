@@ -25,7 +25,7 @@ from casparian_worker.plugin_events import Failed
 from casparian_worker.runtime import PluginRuntime
 
 STREAMS = max(500, FRAMES // 20)
-RUNS = max(10, FRAMES // 8_000)
+RUNS = max(8, FRAMES // 12_500)
 GROWTH_MB = 100.0
 ROWS = bytes(encode(pa.RecordBatch.from_pydict({"n": [1, 2, 3], "t": ["a", None, "c"]})))
 
