@@ -136,7 +136,7 @@ def test_a_scan_without_news_makes_nothing(flow: Flow) -> None:
     report = flow.json("scan")[0]
     assert (report["files"], report["versions"], report["jobs"]) == (3, 0, 0)
     assert flow.run("scan", "inbox", "--rehash").stdout.splitlines()[0].startswith("SOURCE")
-    assert "casparian source add" in flow.run("scan", "elsewhere", code=2).stderr
+    assert "casparian source add" in flow.run("scan", "elsewhere", code=4).stderr
 
 
 def test_wiring_can_be_changed(flow: Flow) -> None:
