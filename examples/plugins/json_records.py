@@ -1,6 +1,7 @@
 """JSON files with a list of records, and JSON lines, become tables in one SQLite database.
 
 The table is named after the file. A new version of a file replaces the rows of the one before.
+Files named `.jsonl` want a rule: `casparian rules add '*.jsonl' auto_json_records`.
 """
 
 import json

@@ -310,13 +310,17 @@ def _explained(
             hints.append(_suggestion(location))
         else:
             message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "string_pattern_mismatch":  # only addresses have a pattern
-                message = "wants an address such as tcp://127.0.0.1:5555"
+            message = _PLAIN_WORDS.get(item["type"], message)
             found = "" if key == "password" else f" (found {item['input']!r})"
             problems.append(f"{origin}: key {key!r} {place}: {message}{found}")
     return ConfigError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)) or _VALUE_HINT)
 
 
+_PLAIN_WORDS = {
+    "path_type": "wants a path, in quotes",
+    "string_pattern_mismatch": "wants an address such as tcp://127.0.0.1:5555",
+}
+"""By pydantic's kind of error; only addresses have a pattern."""
 _VALUE_HINT = "docs/configuration.md lists every key with its unit and range."
 
 

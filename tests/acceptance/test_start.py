@@ -116,6 +116,24 @@ def test_exit_when_idle_does_not_wait_for_a_paused_plugin(flow: Flow) -> None:
     assert "1 job left of paused plugins" in said
 
 
+def test_the_first_command_says_that_it_makes_a_ledger(flow: Flow) -> None:
+    made = f"ledger: making {flow.folder / 'casparian_flow.duckdb'} (DuckDB)"
+    assert made in flow.run("jobs").stderr
+    assert made not in flow.run("jobs").stderr
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.6, 1.5])
+def test_ctrl_c_at_any_moment_ends_without_a_traceback(flow: Flow, seconds: float) -> None:
+    with flow.background([str(CASPARIAN), "start"]) as running:
+        time.sleep(seconds)
+        members = family(running.process.pid)
+        code = running.finish(signal.SIGINT)
+        assert "Traceback" not in running.output
+        # Before Python runs any code of ours, the signal itself ends the process.
+        assert code in {0, 130, -signal.SIGINT}, running.output
+        wait_for("everything to end", lambda: not alive(members))
+
+
 def test_a_second_start_is_refused_and_the_first_goes_on(flow: Flow) -> None:
     with flow.start() as running:
         second = flow.run("start", code=5)

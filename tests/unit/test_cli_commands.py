@@ -354,3 +354,10 @@ def test_every_command_has_help_with_a_summary_and_no_dangling_option() -> None:
                 walk(child, (*path, name))
 
     walk(cli, ())
+
+
+def test_history_is_told_in_plain_words(casparian: Casparian) -> None:
+    data = {"completion": "SUCCESS", "metrics": {"rows": 3, "bytes": 9}}
+    entry = {"at": "2026-01-02T03:04:05Z", "kind": "COMPLETED", "attempt": 1, "data": data}
+    done = casparian("job", "show", "1", show_job={"id": 1, "history": [entry]})
+    assert "attempt 1  completion=SUCCESS, metrics: rows=3, bytes=9" in done.out

@@ -8,9 +8,13 @@ from importlib.machinery import ModuleSpec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command in a process that is its own; returns its exit code."""
     sys.meta_path.insert(0, _WithoutPandas)
-    from casparian_flow.cli.app import run
+    try:
+        from casparian_flow.cli.app import run
 
-    return run(argv)
+        return run(argv)
+    except KeyboardInterrupt:  # while modules are still being read
+        sys.stderr.write("interrupted\n")
+        return 130
 
 
 class _WithoutPandas:

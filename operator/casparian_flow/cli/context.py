@@ -22,7 +22,17 @@ def connect(settings: Settings) -> "ControlClient":
     """The running Sentinel's control API, or the ledger opened in this process."""
     from casparian_flow.sentinel.control import connect as connect_control
 
-    return connect_control(settings)
+    news = news_of_ledger(settings)
+    control = connect_control(settings)
+    for line in news:
+        click.echo(line, err=True)
+    return control
+
+
+def news_of_ledger(settings: Settings) -> list[str]:
+    """A line to show if the ledger is about to be made, so that nobody makes one unawares."""
+    location = settings.database.db_location
+    return [] if location.exists() else [f"ledger: making {location} (DuckDB)"]
 
 
 @dataclass

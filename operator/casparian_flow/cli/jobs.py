@@ -1,5 +1,7 @@
 """Jobs and dead letters."""
 
+from typing import Any
+
 import click
 
 from casparian_flow.cli.context import App, limit_option, output_option, pass_app
@@ -124,9 +126,19 @@ def _history_line(entry: Row | str) -> str:
     if isinstance(entry, str):
         return entry
     data = entry.get("data")
-    told = f"  {data}" if data else ""
+    told = f"  {_told(data)}" if data else ""
     at = short_time(entry.get("at") or "")
     return f"{at}  {entry.get('kind', ''):<10} attempt {entry.get('attempt', '')}{told}"
+
+
+def _told(data: Any) -> str:
+    """`token=…, metrics: rows=3` without the braces and quotes of a program."""
+    if not isinstance(data, dict):
+        return str(data)
+    return ", ".join(
+        f"{key}: {_told(value)}" if isinstance(value, dict) else f"{key}={value}"
+        for key, value in data.items()
+    )
 
 
 @job.command("logs")

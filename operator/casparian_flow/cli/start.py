@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from casparian_flow.cli.context import App, pass_app
+from casparian_flow.cli.context import App, news_of_ledger, pass_app
 from casparian_flow.cli.idle import IdleJudge, active
 from casparian_flow.cli.output import last_line, one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
@@ -192,9 +192,8 @@ class Run:
 
     def run(self, *, exit_when_idle: bool, timeout_s: float | None) -> int:
         """Start everything, watch over it, drain; returns the exit code."""
-        location = self.settings.database.db_location
-        if not location.exists():
-            self.view.line(f"ledger: making {location} (DuckDB)")
+        for line in news_of_ledger(self.settings):
+            self.view.line(line)
         supervisor = Supervisor(
             self.clock, self._say, make_command=self.make_command, environment=self.environment
         )
@@ -424,9 +423,8 @@ class Run:
         supervisor.drain(hurry=lambda: len(self.signals) > max(asked, 1))
 
     def _summary(self, code: int) -> None:
-        counts = self._last.counts if self._last else {}
-        told = jobs_line(counts) or "no jobs"
-        self.view.line(f"stopped: {told}" + (f" (exit code {code})" if code else ""))
+        told = f": {jobs_line(self._last.counts) or 'no jobs'}" if self._last else ""
+        self.view.line(f"stopped{told}" + (f" (exit code {code})" if code else ""))
 
     def _say(self, name: str, line: str) -> None:
         if not line.startswith(LAST_WORDS):

@@ -211,8 +211,9 @@ def _failures(facts: Facts) -> Found:
             f"{last['plugin_name']}: {last['reason']}: {message[-1][:300]}"
         ),
         (
-            f"See 'casparian job logs {last['job_id']}'; after correcting the cause run "
-            f"'casparian replay --plugin {last['plugin_name']}'."
+            f"'casparian job show {last['job_id']}' and 'casparian job logs {last['job_id']}' tell "
+            f"more; after correcting the cause run 'casparian replay --plugin "
+            f"{last['plugin_name']}'."
         ),
     )
 

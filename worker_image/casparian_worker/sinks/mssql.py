@@ -582,8 +582,8 @@ def _connect(env: SinkEnvironment) -> "pymssql.Connection":
     if not settings.server:
         raise SinkError(
             "mssql:// has no server",
-            hint="Set CASPARIAN_MSSQL_SERVER, _PORT, _USER, _PASSWORD and _DATABASE for the "
-            "workers.",
+            hint="Set [sinks.mssql] in global_config.toml, or CASPARIAN_MSSQL_SERVER, _PORT, "
+            "_USER, _PASSWORD and _DATABASE for the workers.",
         )
     library = _library()
     try:
