@@ -193,7 +193,7 @@ def test_dead_letters_are_replayed_after_the_cause_is_mended(tmp_path: Path) -> 
     flow.publish("sales", SALES)
     flow.write("inbox/bad.csv", "")
     said = flow.work_off(code=1)
-    assert "jobs failed" in said
+    assert "1 job failed" in said
     assert "sales on bad.csv" in said
     dead = flow.json("dead-letters")
     assert dead[0]["rel_path"] == "bad.csv"

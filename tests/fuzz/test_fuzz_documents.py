@@ -48,6 +48,7 @@ def survive(name: str, make: Callable[[Fuzz], Any], rounds: int = ROUNDS) -> Non
             taken += 1
     print(f"{name}: {taken} taken, {refused} refused")
     assert refused
+    assert taken > rounds // 200, "what is mutated should be nearly sound"
     assert rss_mb() - before < GROWTH_MB
 
 
@@ -67,7 +68,7 @@ memory_mb = 1024
 interval_seconds = 5
 settle_seconds = 2
 [sinks.mssql]
-host = "localhost"
+port = 1433
 """
 TOML_WORDS = (*ODD_TEXTS, "[sentinel]\n", "= nan", "= inf", "= -1", "= 1e400", "= 1979-05-27",
               "= [1,2]", "= {a=1}", '"""', "\ufeff", "[[worker]]\n", "= 0x" + "f" * 99)  # fmt: skip
@@ -125,10 +126,14 @@ CONTRACT = {
     "mode": "strict",
     "columns": [
         {"name": "id", "type": "int64", "nullable": False},
-        {"name": "at", "type": "timestamp_tz[UTC]", "format": "%Y-%m-%d"},
-        {"name": "price", "type": "decimal(10,2)"},
-        {"name": "tags", "type": {"list": "string"}},
-        {"name": "where", "type": {"struct": [{"name": "x", "type": "float64"}]}},
+        {"name": "at", "type": {"kind": "timestamp_tz", "tz": "UTC"}},
+        {"name": "day", "type": "date", "format": "%Y-%m-%d"},
+        {"name": "price", "type": {"kind": "decimal", "precision": 10, "scale": 2}},
+        {"name": "tags", "type": {"kind": "list", "item": "string"}},
+        {
+            "name": "where",
+            "type": {"kind": "struct", "fields": [{"name": "x", "type": "float64"}]},
+        },
     ],
     "quarantine": {"allow": True, "max_pct": 5.0},
 }
@@ -146,12 +151,12 @@ def test_contracts() -> None:
 
 
 def test_locks() -> None:
-    lock = LOCK.read_text()
-    head = lock[:4000]
+    # The first packages, the root among them.
+    lock = "[[package]]".join(LOCK.read_text().split("[[package]]")[:4])
     assert tomllib.loads(lock)
 
     def read(fuzz: Fuzz) -> None:
-        found = read_lock(fuzz.text_of(head, TOML_WORDS))
+        found = read_lock(fuzz.text_of(lock, TOML_WORDS))
         found.problems()
         found.pyproject()
 
