@@ -109,8 +109,8 @@ class Fuzz:
         if isinstance(value, str) and rng.random() < 0.5:
             return self.text_of(value)
         if rng.random() < 0.03:
-            nested: Any = value
-            for _ in range(rng.choice((5, 60, 500))):
+            nested: Any = value  # thrice as deep is what the standard library still writes
+            for _ in range(rng.choice((5, 60, 250))):
                 nested = [nested]
             return nested
         return self.value()

@@ -39,7 +39,7 @@ def insert_jobs(ledger: AnyLedger, count: int, **changes: Any) -> list[Job]:
             root = ledger.next_id("cf_source_root")
             connection.execute("INSERT INTO cf_source_root (id, path) VALUES (?, '/data')", [root])
         jobs = []
-        for job_id in ledger.next_ids("cf_processing_queue", count):
+        for job_id in ledger.new_job_ids(count):
             location = ledger.next_id("cf_file_location")
             version = ledger.next_id("cf_file_version")
             job = make_job(

@@ -3,16 +3,16 @@
 import time
 from pathlib import Path
 
-from bench import ledgers, noops, processes
+from bench import ledgers, noops
 from bench.flow import Flow, WorkerKind
 from bench.harness import Contestant, Figure, Plan, Values, alternate, at_most, check, figure
 from bench.peers import dask_peer
 from bench.workspace import fresh, workspace
+from casparian_flow.sentinel.api import AWAIT_MAX_S
 
 JOBS, QUICK_JOBS = 300, 30
 GOALS = (("p50 ms", 0.5), ("p99 ms", 0.7))
-LOOK_S = 0.000_2
-NOTE = "result: the job's row, read over the control socket once the workers' counts show it done"
+NOTE = "ours over the control socket: submit, wait for the durable end, read the job's row"
 
 
 def measure(plan: Plan) -> list[Figure]:
@@ -48,16 +48,12 @@ def _ours(folder: Path, template: Path, jobs: int, kind: WorkerKind) -> Values:
 
 
 def _one_job(flow: Flow, number: int) -> float:
-    """Milliseconds of the job that is the Sentinel's `number`th."""
+    """Milliseconds of the job for the `number`th file."""
     began = time.perf_counter()
     job_id = flow.control.submit(
         version_id=number, plugin=ledgers.PLUGIN, priority=None, force=False
     )
-    processes.wait_for(
-        "the job",
-        lambda: sum(row["done"] for row in flow.control.list_workers()) == number,
-        poll_s=LOOK_S,
-    )
+    flow.control.await_job(job_id, timeout_s=AWAIT_MAX_S)
     row = flow.control.show_job(job_id)
     taken = (time.perf_counter() - began) * 1e3
     check(row["status"] == "COMPLETED", f"job {job_id} is {row['status']}")

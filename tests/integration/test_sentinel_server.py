@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from casparian_flow.domain.errors import (
     ConflictError,
     InvariantError,
     LedgerLockedError,
+    NotFoundError,
     SentinelUnreachableError,
 )
 from casparian_flow.protocol import messages as m
@@ -136,6 +138,34 @@ def test_a_job_is_dispatched_staged_granted_and_concluded(place: Place) -> None:
         ("PUBLISHED", entry.output_key)
     ]
     assert control.job_log(1) == [{"attempt": 1, "log": "hello"}]
+
+
+def test_many_wait_for_a_job_without_keeping_others_from_their_answers(place: Place) -> None:
+    seed(place.database)
+    place.start()
+    worker, control = place.worker(), place.control()
+    job = worker.dispatch()
+    with ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(control.await_job, 1, timeout_s=20.0) for _ in range(12)]
+        assert status(control, 1) == "DISPATCHING"
+        complete(worker, job)
+        answers = [future.result(30) for future in waiting]
+    assert answers == [{"outcome": "ended", "status": "COMPLETED"}] * 12
+    assert control.await_job(1, timeout_s=20.0) == answers[0]
+    with pytest.raises(NotFoundError, match="no job 99"):
+        control.await_job(99, timeout_s=20.0)
+
+
+def test_a_job_is_shown_as_it_is_folded_or_not(place: Place) -> None:
+    seed(place.database)
+    place.start()
+    worker, control = place.worker(), place.control()
+    complete(worker, worker.dispatch())
+    fresh = control.show_job(1)
+    (listed,) = control.list_jobs(status="COMPLETED")  # folds
+    folded = control.show_job(1)
+    assert fresh == folded
+    assert {name: fresh[name] for name in listed} == listed
 
 
 def test_a_job_without_outputs_needs_no_grant(place: Place) -> None:

@@ -754,3 +754,26 @@ def test_tokens_name_ledger_epoch_job_and_attempt() -> None:
     bench = Bench(make_job(1))
     bench.worker()
     assert bench.broker.jobs[1].token == f"{LEDGER_ID}-3-1-1"
+
+
+def test_who_waits_for_a_job_is_told_with_its_end_and_not_before() -> None:
+    bench = Bench(make_job(1))
+    bench.worker()
+    job = bench.broker.jobs[1]
+    bench.do(e.AwaitJob("ada", 1, 60.0), e.AwaitJob("eve", 1, 60.0))
+    bench.conclude("w1", job, "FAILED", reason="sink_unreachable", transient=True)
+    assert bench.replies == []
+    bench.pass_time(10.0)
+    bench.conclude("w1", job)
+    assert bench.replies == [{"outcome": "ended", "status": JobStatus.COMPLETED}] * 2
+
+
+def test_who_has_waited_long_enough_for_a_job_is_told_where_it_is() -> None:
+    bench = Bench(make_job(1))
+    bench.do(e.AwaitJob("ada", 1, 5.0), e.AwaitJob("eve", 2, 5.0))
+    assert bench.replies == [{"outcome": "unknown"}]
+    bench.pass_time(4.0)
+    assert bench.replies == []
+    bench.pass_time(2.0)
+    assert bench.replies == [{"outcome": "waiting", "status": JobStatus.QUEUED}]
+    assert bench.broker.unanswered == []

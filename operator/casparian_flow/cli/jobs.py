@@ -1,5 +1,6 @@
 """Jobs and dead letters."""
 
+import threading
 from typing import Any
 
 import click
@@ -17,7 +18,8 @@ from casparian_flow.cli.output import (
     show_table,
     to_json,
 )
-from casparian_flow.domain.errors import ConflictError, UsageError
+from casparian_flow.domain.clock import SystemClock
+from casparian_flow.domain.errors import CasparianError, ConflictError, UsageError
 from casparian_flow.domain.failures import RULES, Reason
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.sentinel.api import Row
@@ -48,6 +50,9 @@ OUTPUT_COLUMNS = (
     Column("uri", "SINK"),
     Column("final", "WHERE"),
 )
+
+WAIT_PAUSE_S = 0.05
+"""Between questions about a job of a queue too long to be in the Sentinel's memory."""
 
 job_argument = click.argument("job_id", type=click.IntRange(1))
 
@@ -141,6 +146,81 @@ def _told(data: Any) -> str:
     )
 
 
+@job.command("submit")
+@click.argument("version_id", type=click.IntRange(1), metavar="VERSION")
+@click.argument("plugin", metavar="PLUGIN")
+@click.option("--priority", type=int, help="Higher goes first; default: as the last job for it.")
+@click.option("--force", is_flag=True, help="Also if this plugin version has done it already.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait for its end, so long; exit code 0 if it completed.",
+)
+@output_option
+@pass_app
+def job_submit(
+    app: App, version_id: int, plugin: str, priority: int | None, force: bool, wait: float
+) -> None:
+    """Queue one file version (see 'casparian versions PATH') for a plugin.
+
+    \b
+    Examples:
+      casparian job submit 17 sales
+      casparian job submit 17 sales --force --wait 60
+    """
+    new = app.control.submit(version_id=version_id, plugin=plugin, priority=priority, force=force)
+    if wait:
+        _end_of(app, new, wait)
+    else:
+        show_data(app, {"job_id": new}, f"job {new} is queued")
+
+
+@job.command("wait")
+@job_argument
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up after this long.",
+)
+@output_option
+@pass_app
+def job_wait(app: App, job_id: int, timeout: float) -> None:
+    """Wait until a job ends; exit code 0 if it completed or had nothing to do, 1 if not."""
+    _end_of(app, job_id, timeout)
+
+
+def _end_of(app: App, job_id: int, timeout_s: float) -> None:
+    """Wait for a job's end and show it.
+
+    Raises:
+        CasparianError: it failed, or has not ended in time.
+    """
+    clock = SystemClock()
+    until = clock.now().mono + timeout_s
+    while True:
+        left = until - clock.now().mono
+        answer = app.control.await_job(job_id, timeout_s=max(left, 0.0))
+        if answer["outcome"] == "ended":
+            break
+        if left <= 0:
+            raise CasparianError(
+                f"job {job_id} is still {answer['status']} after {timeout_s:g} seconds",
+                hint="It goes on. 'casparian status' tells why nothing happens, if nothing does.",
+            )
+        threading.Event().wait(WAIT_PAUSE_S)
+    status = JobStatus(answer["status"])
+    show_data(app, {"job_id": job_id, "status": status.value}, f"job {job_id}: {status.value}")
+    if status not in {JobStatus.COMPLETED, JobStatus.SKIPPED}:
+        raise CasparianError(
+            f"job {job_id} is {status.value}", hint=f"'casparian job show {job_id}' tells why."
+        )
+
+
 @job.command("logs")
 @job_argument
 @output_option
@@ -204,19 +284,6 @@ def job_resolve(app: App, job_id: int, forward: bool, abandon: bool) -> None:
     result = app.control.resolve_job(job_id, forward=forward)
     told = "publishing again" if forward else "given up"
     show_data(app, result, f"job {job_id}: {told}")
-
-
-@job.command("submit")
-@click.argument("version_id", type=click.IntRange(1))
-@click.argument("plugin")
-@click.option("--priority", type=int, help="Higher runs first. Default: the plugin's.")
-@click.option("--force", is_flag=True, help="Also if this plugin version has done it already.")
-@output_option
-@pass_app
-def job_submit(app: App, version_id: int, plugin: str, priority: int | None, force: bool) -> None:
-    """Queue one file version (see 'casparian versions') for PLUGIN."""
-    new = app.control.submit(version_id=version_id, plugin=plugin, priority=priority, force=force)
-    show_data(app, {"job_id": new}, f"job {new} is queued")
 
 
 @click.command("dead-letters")

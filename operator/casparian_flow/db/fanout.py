@@ -7,8 +7,9 @@ from typing import NamedTuple
 import duckdb
 
 from casparian_flow.db.ledger import Ledger
-from casparian_flow.db.loading import select_jobs
+from casparian_flow.db.loading import FileFacts, select_jobs
 from casparian_flow.db.shapes import QUEUE
+from casparian_flow.domain.ids import JobId, ManifestId
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.records import Job
 from casparian_flow.services.routing import (
@@ -109,7 +110,46 @@ def enqueue(
     """Insert QUEUED jobs within the open transaction; returns them as the broker wants them."""
     if not wanted:
         return []
-    ids = ledger.next_ids(QUEUE_TABLE, len(wanted))
+    ids = _insert(ledger, connection, wanted, now_us)
+    return select_jobs(connection, "id >= $1 AND id < $2", [ids.start, ids.stop])
+
+
+def enqueue_one(
+    ledger: Ledger,
+    connection: duckdb.DuckDBPyConnection,
+    wanted: Wanted,
+    file: FileFacts,
+    now_us: int,
+) -> Job:
+    """`enqueue` for one job whose file is known already, without reading it back."""
+    (job_id,) = _insert(ledger, connection, [wanted], now_us)
+    return Job(
+        job_id=JobId(job_id),
+        plugin=wanted.match.plugin,
+        version_id=file.version_id,
+        location_id=file.location_id,
+        root_id=file.root_id,
+        root_path=file.root_path,
+        rel_path=file.rel_path,
+        content_hash=file.content_hash,
+        size=file.signature[2],
+        signature=file.signature,
+        version_seq=file.seq,
+        priority=wanted.match.priority,
+        generation=wanted.generation,
+        manifest_id=ManifestId(wanted.match.manifest_id),
+        retry_of=JobId(wanted.retry_of) if wanted.retry_of else None,
+        created_us=now_us,
+    )
+
+
+def _insert(
+    ledger: Ledger,
+    connection: duckdb.DuckDBPyConnection,
+    wanted: Sequence[Wanted],
+    now_us: int,
+) -> range:
+    ids = ledger.new_job_ids(len(wanted))
     rows = [
         (
             job_id,
@@ -128,4 +168,4 @@ def enqueue(
         for job_id, item in zip(ids, wanted, strict=True)
     ]
     QUEUE.insert(connection, rows)
-    return select_jobs(connection, "id >= $1 AND id < $2", [ids.start, ids.stop])
+    return ids

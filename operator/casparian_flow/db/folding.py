@@ -12,7 +12,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
-from casparian_flow.db.journal import COLUMNS, Folded, decode_data, describe
+from casparian_flow.db.journal import COLUMNS, OUTPUT_STATES, Folded, decode_data, describe
 from casparian_flow.domain.errors import InvalidTransitionError, InvariantError
 from casparian_flow.domain.jobs import TRANSITIONS, JobStatus, JournalKind
 
@@ -99,7 +99,7 @@ def _reinsert(
 
 
 def _settle_outputs(connection: duckdb.DuckDBPyConnection, ordered: Sequence[Folded]) -> None:
-    for status, state in ((JobStatus.COMPLETED, "PUBLISHED"), (JobStatus.FAILED, "ABANDONED")):
+    for status, state in OUTPUT_STATES.items():
         jobs = [f.job_id for f in ordered if f.granted and f.status is status]
         if jobs:
             connection.execute(

@@ -26,6 +26,7 @@ class StatusMap:
     def __init__(self) -> None:
         self._codes = bytearray(_GROWTH)
         self._undo: list[tuple[int, int]] = []
+        self._added: list[range] = []
 
     def get(self, job_id: int) -> JobStatus | None:
         """None for a job that does not exist."""
@@ -49,6 +50,20 @@ class StatusMap:
         self._reach(job_id)
         self._set(job_id, CODE[status])
 
+    def add_all(self, ids: range, status: JobStatus) -> None:
+        """New jobs with consecutive ids, none of them taken.
+
+        Raises:
+            InvariantError: an id is taken.
+        """
+        if not ids:
+            return
+        self._reach(ids.stop - 1)
+        if any(self._codes[ids.start : ids.stop]):
+            raise InvariantError(f"a job id from {ids.start} to {ids.stop - 1} is taken")
+        self._codes[ids.start : ids.stop] = bytes((CODE[status],)) * len(ids)
+        self._added.append(ids)
+
     def move(self, job_id: int, finish: JobStatus, history: Callable[[int], list[str]]) -> None:
         """Move a job.
 
@@ -68,9 +83,13 @@ class StatusMap:
     def commit(self) -> None:
         """The moves since the last commit stand."""
         self._undo.clear()
+        self._added.clear()
 
     def rollback(self) -> None:
         """Forget the moves since the last commit."""
+        for ids in self._added:
+            self._codes[ids.start : ids.stop] = bytes(len(ids))
+        self._added.clear()
         for job_id, code in reversed(self._undo):
             self._codes[job_id] = code
         self._undo.clear()

@@ -169,7 +169,7 @@ class JobQueue:
                 ).fetchone()
                 if found is None:
                     raise NotFoundError(f"there is no file version {details.file_version_id}")
-            job_id = self._ledger.next_id("cf_processing_queue")
+            (job_id,) = self._ledger.new_job_ids(1)
             connection.execute(
                 """
                 INSERT INTO cf_processing_queue (id, file_version_id, plugin_name, input_file,

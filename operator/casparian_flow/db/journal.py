@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from casparian_flow.domain.clock import utc
 from casparian_flow.domain.jobs import KIND_STATUS, CompletionStatus, JobStatus, JournalKind
 from casparian_flow.domain.records import Record
 
@@ -83,6 +84,16 @@ class Folded:
             case _:
                 self._leave(kind, at_us, data)
 
+    def row(self) -> dict[str, Any]:
+        """The columns that a fold would write, by name; times as naive UTC."""
+        changed: dict[str, Any] = {"status": self.status.value, "attempt": self.attempt}
+        for column, sql_type, attribute, group in COLUMNS:
+            value = getattr(self, attribute)
+            if getattr(self, group) if group else value is not None:
+                is_time = sql_type == "TIMESTAMP" and value is not None
+                changed[column] = utc(value) if is_time else value
+        return changed
+
     def _lease(self, at_us: int, data: dict[str, Any]) -> None:
         self.lease_set = True
         self.lease_token = data.get("token")
@@ -136,6 +147,10 @@ COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("plugin_manifest_id", "BIGINT", "plugin_manifest_id", ""),
 )
 """Every column of cf_processing_queue that the journal decides, beside status and attempt."""
+
+
+OUTPUT_STATES = {JobStatus.COMPLETED: "PUBLISHED", JobStatus.FAILED: "ABANDONED"}
+"""What becomes of a job's GRANTED outputs when it ends."""
 
 
 def fold_into(pending: dict[int, Folded], record: Record, start: JobStatus) -> None:

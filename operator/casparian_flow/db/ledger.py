@@ -10,15 +10,16 @@ run one after the other. Never open the ledger's file by other means in the proc
 it: closing any descriptor of it drops DuckDB's lock on it (POSIX locks belong to the process).
 """
 
+import copy
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -62,6 +63,7 @@ from casparian_flow.domain.records import (
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FOLD_ENTRIES: Final = 5_000
 """Journal entries after which a fold is due; bounds the fold at open and its memory."""
 CHECKPOINT_MB: Final = 48
@@ -348,14 +350,15 @@ class Ledger:
         self.close()
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, *, folded: bool = True) -> Iterator[None]:
         """Up-to-date tables, and what damage of the file means.
 
         Raises:
             LedgerCorruptError, LedgerUnavailableError: they cannot be read.
         """
         with self._lock:
-            self.fold()
+            if folded:
+                self.fold()
             try:
                 yield
             except duckdb.Error as error:
@@ -414,7 +417,7 @@ class Ledger:
         return jobs[:limit], len(jobs) > limit
 
     def plugin_specs(self, limits: Limits | None = None) -> list[PluginSpec]:
-        """Every ACTIVE plugin version with its wiring."""
+        """Every ACTIVE plugin version with its wiring; `refused` says which may not run."""
         with self._lock:
             return loading.load_plugin_specs(self._connection, limits or self.limits)
 
@@ -698,11 +701,15 @@ class Ledger:
     # -- other transactions and reads ---------------------------------------------------------
 
     @contextmanager
-    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def transaction(self, *, folded: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection inside BEGIN … COMMIT, for everything that is not a job's journal.
 
-        The tables are folded first. Ids come from `next_id`; jobs may be inserted, their status
+        Ids come from `next_id`; jobs may be inserted as QUEUED under `new_job_ids`, their status
         may only be changed by records. Whatever is raised inside rolls back, ids included.
+
+        Args:
+            folded: whether the tables are brought up to date first; what neither reads nor
+                changes jobs that exist can do without.
 
         Raises:
             LedgerUnavailableError: the commit failed; nothing is changed.
@@ -710,8 +717,9 @@ class Ledger:
         with self._lock:
             self._require_usable()
             require(not self._in_transaction, "a transaction within a transaction")
-            self.fold()
-            seq, first_job = self._seq, self._counters.peek(_QUEUE)
+            if folded:
+                self.fold()
+            seq = self._seq
             try:
                 self._begin()
                 self._in_transaction = True
@@ -720,13 +728,13 @@ class Ledger:
                 self._end()
             except BaseException as error:  # noqa: BLE001 - _fail raises it again
                 self._counters.rollback()
+                self._statuses.rollback()
                 self._seq = seq
                 self._fail(error)
             finally:
                 self._in_transaction = False
             self._counters.commit()
-            if self._counters.peek(_QUEUE) > first_job:
-                self._fill_statuses(first_job)
+            self._statuses.commit()
             self._acknowledge()
 
     def enqueue_bulk(self, jobs: pa.Table) -> range:
@@ -748,7 +756,7 @@ class Ledger:
             raise UsageError(f"jobs in bulk: column {wrong[0]!r} is missing or unknown")
         listed = ", ".join(names)
         with self.transaction() as connection:
-            ids = self.next_ids(_QUEUE, jobs.num_rows)
+            ids = self.new_job_ids(jobs.num_rows)
             numbered = jobs.append_column("id", pa.array(ids, pa.int64()))  # noqa: F841 - by name
             connection.execute(
                 f"INSERT INTO {_QUEUE} (id, {listed}, status, created_at) "
@@ -766,12 +774,31 @@ class Ledger:
         with self._lock:
             return self._counters.take(table, count)
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Run one SELECT over up-to-date tables; rows as dicts by column name."""
-        with self._reading():
+    def new_job_ids(self, count: int) -> range:
+        """The next job ids, for rows that the open transaction inserts as QUEUED."""
+        with self._lock:
+            require(self._in_transaction, "new jobs outside of a transaction")
+            ids = self._counters.take(_QUEUE, count)
+            self._statuses.add_all(ids, JobStatus.QUEUED)
+            return ids
+
+    def query(
+        self, sql: str, parameters: Sequence[Any] = (), *, folded: bool = True
+    ) -> list[dict[str, Any]]:
+        """Run one SELECT over up-to-date tables; rows as dicts by column name.
+
+        Args:
+            folded: False for what does not depend on what jobs do; a fold takes milliseconds.
+        """
+        with self._reading(folded=folded):
             cursor = self._connection.execute(sql, list(parameters))
             names = [column[0] for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def read(self, fn: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        """Look something up that does not depend on what jobs do, without a fold."""
+        with self._reading(folded=False):
+            return fn(self._connection)
 
     def reader(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own for a reading thread; sees folded state as of each query.
@@ -799,6 +826,11 @@ class Ledger:
             "FROM cf_journal WHERE job_id = $1 ORDER BY seq",
             [job_id],
         )
+
+    def unfolded(self, job_id: int) -> Folded | None:
+        """What has changed for a job since the last fold; None if nothing has."""
+        with self._lock:
+            return copy.copy(self._pending.get(job_id))
 
     def status_of(self, job_id: int) -> JobStatus | None:
         """The job's committed status, also when it is not folded yet; None if there is no job."""

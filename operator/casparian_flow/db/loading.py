@@ -5,7 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
@@ -71,6 +71,53 @@ def select_jobs(
         parameters,
     ).fetchall()
     return [_job(row) for row in rows]
+
+
+class FileFacts(NamedTuple):
+    """A file version with its place, as a job carries it."""
+
+    version_id: VersionId
+    location_id: LocationId
+    root_id: RootId
+    root_path: str
+    rel_path: str
+    content_hash: str
+    signature: tuple[int, int, int, int, int]
+    """dev, ino, size, mtime_ns, ctime_ns"""
+    seq: int
+
+
+def file_of(connection: duckdb.DuckDBPyConnection, version_id: int) -> FileFacts | None:
+    """One file version; None if there is none.
+
+    Three lookups by key take DuckDB half the time of planning one join.
+    """
+    version = connection.execute(
+        "SELECT location_id, content_hash, dev, ino, size_bytes, mtime_ns, ctime_ns, seq "
+        "FROM cf_file_version WHERE id = $1",
+        [version_id],
+    ).fetchone()
+    if version is None:
+        return None
+    location_id, content_hash, dev, ino, size, mtime_ns, ctime_ns, seq = version
+    place = connection.execute(
+        "SELECT source_root_id, rel_path FROM cf_file_location WHERE id = $1", [location_id]
+    ).fetchone()
+    root = connection.execute(
+        "SELECT path FROM cf_source_root WHERE id = $1", [place[0] if place else None]
+    ).fetchone()
+    if place is None or root is None:
+        return None
+    return FileFacts(
+        VersionId(version_id),
+        LocationId(location_id),
+        RootId(place[0]),
+        root[0],
+        place[1],
+        content_hash,
+        (dev, ino, size, mtime_ns, ctime_ns),
+        seq,
+    )
 
 
 def _job(row: tuple[Any, ...]) -> Job:

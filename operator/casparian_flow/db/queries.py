@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import msgspec
 
+from casparian_flow.db.journal import OUTPUT_STATES, Folded
 from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.domain.jobs import JobStatus
 
@@ -94,26 +95,43 @@ def _check_bounds(limit: int, offset: int = 0) -> None:
         raise UsageError(f"limit must be 1 to {LIMIT_MAX}, offset not negative")
 
 
-def show_job(connection: Connection, job_id: int) -> Row:
+def show_job(connection: Connection, job_id: int, unfolded: Folded | None = None) -> Row:
     """One job with its file, `history` (oldest first) and `outputs`.
+
+    Args:
+        unfolded: what the journal says of it beyond the table.
 
     Raises:
         NotFoundError: no such job.
     """
-    found = rows(
-        connection,
-        f"""
-        SELECT q.*, l.rel_path, r.path AS source_root, l.id AS location_id, v.seq AS version_seq,
-               v.content_hash, v.size_bytes, m.version AS plugin_version
-        FROM cf_processing_queue q {_FILE_JOINS}
-        LEFT JOIN cf_plugin_manifest m ON m.id = q.plugin_manifest_id
-        WHERE q.id = ?
-        """,
-        [job_id],
-    )
-    if not found:
+    job = _one(connection, "SELECT * FROM cf_processing_queue WHERE id = ?", job_id)
+    if not job:
         raise no_job(job_id)
-    job = found[0]
+    if unfolded is not None:
+        job.update((name, _plain(value)) for name, value in unfolded.row().items())
+    # Lookups by key, one table at a time: planning their join takes DuckDB longer than all of them.
+    version = _one(
+        connection,
+        "SELECT location_id, seq AS version_seq, content_hash, size_bytes "
+        "FROM cf_file_version WHERE id = ?",
+        job["file_version_id"],
+    )
+    place = _one(
+        connection,
+        "SELECT rel_path, source_root_id FROM cf_file_location WHERE id = ?",
+        version.get("location_id"),
+    )
+    root = _one(
+        connection,
+        "SELECT path AS source_root FROM cf_source_root WHERE id = ?",
+        place.pop("source_root_id", None),
+    )
+    release = _one(
+        connection,
+        "SELECT version AS plugin_version FROM cf_plugin_manifest WHERE id = ?",
+        job["plugin_manifest_id"],
+    )
+    job |= dict.fromkeys(_OF_ITS_FILE) | version | place | root | release
     job["history"] = _history(connection, job_id)
     job["outputs"] = rows(
         connection,
@@ -124,7 +142,22 @@ def show_job(connection: Connection, job_id: int) -> Row:
         """,
         [job_id],
     )
+    state = OUTPUT_STATES.get(unfolded.status) if unfolded is not None else None
+    for output in job["outputs"]:
+        if state and output["state"] == "GRANTED":
+            output["state"] = state
     return job
+
+
+_OF_ITS_FILE = (
+    "rel_path", "source_root", "location_id", "version_seq", "content_hash", "size_bytes",
+    "plugin_version",
+)  # fmt: skip
+
+
+def _one(connection: Connection, sql: str, key: int | None) -> Row:
+    """The row with a key; empty if there is none."""
+    return next(iter(rows(connection, sql, [key])), {})
 
 
 def _history(connection: Connection, job_id: int) -> list[Row]:

@@ -6,10 +6,11 @@ the ledger's thread and return the new jobs for the broker beside their result.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from casparian_flow.db.fanout import QUEUE_TABLE, Wanted, enqueue
+from casparian_flow.db.fanout import QUEUE_TABLE, Wanted, enqueue_one
 from casparian_flow.db.ledger import Ledger
-from casparian_flow.db.loading import select_jobs
+from casparian_flow.db.loading import FileFacts, file_of, select_jobs
 from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
 from casparian_flow.domain.ids import JobId, ManifestId, Token
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
@@ -35,13 +36,9 @@ def submit(
         NotFoundError: no such version, or no active version of the plugin.
         ConflictError: a job for it is under way, or has completed, without `force`.
     """
-    _require_version(ledger, version_id)
+    file = _file(ledger, version_id)
     manifest_id = _active_manifest(ledger, plugin)
-    earlier = ledger.query(
-        f"SELECT id, status, generation, priority, plugin_manifest_id FROM {QUEUE_TABLE} "
-        "WHERE file_version_id = $1 AND plugin_name = $2 ORDER BY id",
-        [version_id, plugin],
-    )
+    earlier = _jobs_of(ledger, version_id, plugin)
     for row in earlier:
         status = JobStatus(row["status"])
         done = status is JobStatus.COMPLETED and row["plugin_manifest_id"] == manifest_id
@@ -55,9 +52,19 @@ def submit(
     if priority is None:
         priority = earlier[-1]["priority"] if earlier else MANUAL_PRIORITY
     wanted = Wanted(version_id, Match(plugin, manifest_id, priority), generation)
-    with ledger.transaction() as connection:
-        jobs = enqueue(ledger, connection, [wanted], now_us)
-    return int(jobs[0].job_id), jobs
+    with ledger.transaction(folded=False) as connection:
+        job = enqueue_one(ledger, connection, wanted, file, now_us)
+    return int(job.job_id), [job]
+
+
+def _jobs_of(ledger: Ledger, version_id: int, plugin: str) -> list[dict[str, Any]]:
+    sql = (
+        f"SELECT id, status, generation, priority, plugin_manifest_id FROM {QUEUE_TABLE} "
+        "WHERE file_version_id = $1 AND plugin_name = $2 ORDER BY id"
+    )
+    rows = ledger.query(sql, [version_id, plugin], folded=False)
+    # Most often there is none, and nothing whose state would have to be current.
+    return ledger.query(sql, [version_id, plugin]) if rows else rows
 
 
 def retry(ledger: Ledger, job_id: int, now_us: int) -> tuple[int, list[Job]]:
@@ -122,25 +129,20 @@ def replay(
     return [int(job.job_id) for job in jobs], jobs
 
 
-def _require_version(ledger: Ledger, version_id: int) -> None:
-    found = ledger.query(
-        """
-        SELECT 1 FROM cf_file_version v
-        JOIN cf_file_location l ON l.id = v.location_id
-        JOIN cf_source_root r ON r.id = l.source_root_id WHERE v.id = $1
-        """,
-        [version_id],
-    )
-    if not found:
+def _file(ledger: Ledger, version_id: int) -> FileFacts:
+    file = ledger.read(lambda connection: file_of(connection, version_id))
+    if file is None:
         raise NotFoundError(
             f"no file version {version_id}", hint="'casparian versions PATH' lists them."
         )
+    return file
 
 
 def _active_manifest(ledger: Ledger, plugin: str) -> ManifestId:
     (row,) = ledger.query(
         "SELECT max(id) AS id FROM cf_plugin_manifest WHERE plugin_name = $1 AND status = 'ACTIVE'",
         [plugin],
+        folded=False,
     )
     if row["id"] is None:
         raise NotFoundError(

@@ -2,7 +2,10 @@
 
 import random
 import time
+from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
+
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC, as in the ledger
 
 
 class Now(NamedTuple):
@@ -25,6 +28,11 @@ class Clock(Protocol):
 class SystemClock:
     def now(self) -> Now:
         return Now(time.monotonic(), time.time_ns() // 1_000)
+
+
+def utc(wall_us: int) -> datetime:
+    """A wall clock reading as the ledger has it: naive, in UTC."""
+    return _EPOCH + timedelta(microseconds=wall_us)
 
 
 def system_random() -> random.Random:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Row = dict[str, Any]
+AWAIT_MAX_S = 20.0
+"""Longest that one call waits, well below the patience of a client."""
 
 
 @dataclass(slots=True)
@@ -105,6 +107,12 @@ class ControlApi(Protocol):
 
     def submit(self, *, version_id: int, plugin: str, priority: int | None, force: bool) -> int:
         """Enqueue one job for a file version; `force` raises the generation. Returns its id."""
+
+    def await_job(self, job_id: int, *, timeout_s: float) -> Row:
+        """{outcome: "ended" | "waiting", status}; returns as soon as the job's end is durable.
+
+        `timeout_s` is cut to AWAIT_MAX_S: ask again for more.
+        """
 
     def cancel_job(self, job_id: int) -> Row:
         """{outcome: "cancelled" | "too_late" | "already", status}."""

@@ -140,6 +140,8 @@ class Broker:
         self._orphans: set[JobId] = set()
         """Granted jobs that nobody publishes."""
         self._next_recover = 0.0
+        self._awaited: dict[JobId, list[tuple[float, e.AwaitJob]]] = {}
+        """Who waits for a job's end, and until when."""
         self._out: list[e.Instruction] = []
         self._handlers: dict[type[Any], Callable[[Any, Now], None]] = {
             e.WorkerMessage: self._worker_message,
@@ -150,6 +152,7 @@ class Broker:
             e.PluginsChanged: self._plugins_changed,
             e.GrantResult: self._grant_result,
             e.Cancel: self._cancel,
+            e.AwaitJob: self._await_job,
             e.Resolve: self._resolve,
             e.PausePlugin: self._pause_plugin,
             e.ResumePlugin: self._resume_plugin,
@@ -226,6 +229,13 @@ class Broker:
             if worker.last_seen + self.config.lease_ttl_s <= now.mono and not worker.held:
                 del self.workers[identity]
                 self.counters["workers_cleaned_up"] += 1
+        for job_id, waiting in list(self._awaited.items()):
+            for until, event in waiting:
+                if until <= now.mono:
+                    self._reply(event.reply, outcome="waiting", status=self.jobs[job_id].status)
+            self._awaited[job_id] = [pair for pair in waiting if pair[0] > now.mono]
+            if not self._awaited[job_id]:
+                del self._awaited[job_id]
 
     def _settle(self, now: Now) -> list[e.Instruction]:
         self.queue.release_due(now.mono)
@@ -724,6 +734,8 @@ class Broker:
         del self.jobs[job.job_id]
         if self._hydrating:
             self._left.add(job.job_id)
+        for _, event in self._awaited.pop(job.job_id, ()):
+            self._reply(event.reply, outcome="ended", status=job.status)
 
     def _let_go_and_observe(self, job: Job, outcome: str, now: Now) -> None:
         lease = self.leases[job.job_id]
@@ -756,6 +768,18 @@ class Broker:
         self._reply(event.reply, outcome="cancelled", status=JobStatus.ABORTED)
         if owner is not None:
             self._send(owner, job.job_id, m.Abort(job.token, Reason.CANCELLED))
+
+    def _await_job(self, event: e.AwaitJob, now: Now) -> None:
+        if event.job_id in self.jobs:
+            until = now.mono + event.timeout_s
+            self._awaited.setdefault(event.job_id, []).append((until, event))
+        else:
+            self._reply(event.reply, outcome="unknown")
+
+    @property
+    def unanswered(self) -> list[object]:
+        """Replies that are still owed."""
+        return [event.reply for waiting in self._awaited.values() for _, event in waiting]
 
     def _resolve(self, event: e.Resolve, now: Now) -> None:
         job = self.jobs.get(event.job_id)
@@ -929,6 +953,7 @@ class Broker:
             require(
                 live == (job_id in self.leases), f"job {job_id}: {job.status} and lease disagree"
             )
+        require(self._awaited.keys() <= self.jobs.keys(), "somebody waits for a job that is gone")
         for worker in self.workers.values():
             for job_id in worker.held:
                 held = self.leases.get(job_id)

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from casparian_flow import __version__
 from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
 from casparian_flow.db.engine_errors import reading
+from casparian_flow.db.journal import Folded
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import load_counts
-from casparian_flow.domain.clock import Clock, Now
+from casparian_flow.domain.clock import Clock, Now, utc
 from casparian_flow.domain.errors import (
     ConflictError,
     LedgerError,
@@ -38,19 +38,18 @@ from casparian_flow.domain.jobs import TERMINAL, JobStatus
 from casparian_flow.domain.outputs import output_roots
 from casparian_flow.domain.records import Job, PluginSpec
 from casparian_flow.sentinel import events as e
-from casparian_flow.sentinel.api import ChunkResult, FileFinding, Row, ScanReport
+from casparian_flow.sentinel.api import AWAIT_MAX_S, ChunkResult, FileFinding, Row, ScanReport
 from casparian_flow.sentinel.broker import Broker, Worker
 from casparian_flow.sentinel.causes import Facts, explain
 from casparian_flow.sentinel.control_codec import Operation
 from casparian_flow.sentinel.core import SentinelCore
-from casparian_flow.sentinel.loop import CoreLoop
+from casparian_flow.sentinel.loop import CoreLoop, fail, settle
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
 from casparian_flow.services import architect
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC, as in the ledger
 LOADING_WAIT_S = 10.0
 LOADING_POLL_S = 0.05
 """A job of a long queue may not have been read into the broker yet."""
@@ -58,13 +57,15 @@ SNAPSHOT_AGE_S = 3600.0
 """Snapshots older than this were left behind by a caller that died."""
 QUIET = frozenset(
     {
-        "ping", "status", "list_jobs", "show_job", "job_log", "list_dead_letters", "list_sources",
-        "list_files", "versions", "inventory", "next_rescans", "list_plugins", "list_topics",
-        "list_rules", "list_workers", "snapshot", "check", "begin_scan", "commit_chunk",
-        "finish_scan",
+        "ping", "status", "list_jobs", "show_job", "await_job", "job_log", "list_dead_letters",
+        "list_sources", "list_files", "versions", "inventory", "next_rescans", "list_plugins",
+        "list_topics", "list_rules", "list_workers", "snapshot", "check", "begin_scan",
+        "commit_chunk", "finish_scan",
     }
 )  # fmt: skip
 """Operations that change nothing people decided, or come in great numbers; not logged."""
+DEFERRED = {"await_job": "_end_of_job"}
+"""Operations that wait for something to happen, and how they do it without holding a thread."""
 _actor: ContextVar[str] = ContextVar("actor", default="")
 
 
@@ -95,12 +96,16 @@ class ControlPlane:
         self._started_us = clock.now().wall_us
 
     def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: object) -> object:
-        """One operation by name, for the control socket; writes are logged with their caller."""
+        """One operation by name, for the control socket; writes are logged with their caller.
+
+        Returns:
+            The result, or a future of it for an operation that waits.
+        """
         token = _actor.set(str(caller))
         try:
             if operation.name not in QUIET:
                 log.info("%s by %s", operation.name, caller)
-            return getattr(self, operation.name)(**arguments)
+            return getattr(self, DEFERRED.get(operation.name, operation.name))(**arguments)
         finally:
             _actor.reset(token)
 
@@ -126,7 +131,11 @@ class ControlPlane:
     @contextmanager
     def _reader(self) -> Iterator[queries.Connection]:
         """A cursor that sees everything committed so far, for use in this thread."""
-        connection = self._write(_fresh_reader)
+        with self._reading(self._write(_fresh_reader)) as connection:
+            yield connection
+
+    @contextmanager
+    def _reading(self, connection: queries.Connection) -> Iterator[queries.Connection]:
         try:
             with reading(Path(self._database)):
                 yield connection
@@ -230,8 +239,10 @@ class ControlPlane:
             )
 
     def show_job(self, job_id: int) -> Row:
-        with self._reader() as connection:
-            row = queries.show_job(connection, checked_id(job_id))
+        checked_id(job_id)
+        pinned, unfolded = self._write(lambda ledger: _pinned_reader(ledger, job_id))
+        with self._reading(pinned) as connection:
+            row = queries.show_job(connection, job_id, unfolded)
         stuck = self._look(lambda core: stuck_rows(core.broker))
         row["stuck"] = next((s["message"] for s in stuck if s["job_id"] == job_id), "")
         return row
@@ -254,6 +265,37 @@ class ControlPlane:
                 now_us=self._now_us(),
             )
         )
+
+    def await_job(self, job_id: int, *, timeout_s: float) -> Row:
+        return self._end_of_job(job_id, timeout_s=timeout_s).result()
+
+    def _end_of_job(self, job_id: int, *, timeout_s: float) -> Future[Row]:
+        """`await_job` without a thread that waits."""
+        checked_id(job_id)
+        answer: Future[Row] = Future()
+
+        def look_up(found: Future[JobStatus | None]) -> None:
+            if (error := found.exception()) is not None:
+                fail(answer, error)
+            elif (status := found.result()) is None:
+                fail(answer, queries.no_job(job_id))
+            else:
+                # Neither ended nor known to the broker: of a long queue, and not read yet.
+                outcome = "ended" if status in TERMINAL else "waiting"
+                settle(answer, {"outcome": outcome, "status": status.value})
+
+        def told(reply: Future[dict[str, Any]]) -> None:
+            if (error := reply.exception()) is not None:
+                fail(answer, error)
+            elif reply.result()["outcome"] != "unknown":
+                settle(answer, reply.result())
+            else:
+                self._loop.call(lambda ledger: ledger.status_of(job_id)).add_done_callback(look_up)
+
+        seconds = min(max(timeout_s, 0.0), AWAIT_MAX_S)
+        asked = self._loop.command(lambda r: e.AwaitJob(r, JobId(job_id), seconds))
+        asked.add_done_callback(told)
+        return answer
 
     def cancel_job(self, job_id: int) -> Row:
         checked_id(job_id)
@@ -570,10 +612,20 @@ def _fresh_reader(ledger: Ledger) -> queries.Connection:
     return ledger.reader()
 
 
+def _pinned_reader(ledger: Ledger, job_id: int) -> tuple[queries.Connection, Folded | None]:
+    """A cursor that goes on seeing this very moment, and what is not in the tables yet.
+
+    Cheaper than a fold, where one job is asked for.
+    """
+    connection = ledger.reader()
+    # A transaction begins to see with its first look.
+    connection.execute("BEGIN").execute("SELECT 1 FROM cf_meta LIMIT 1").fetchall()
+    return connection, ledger.unfolded(job_id)
+
+
 def iso(at_us: int) -> str:
     """ISO 8601 in UTC of a wall clock reading, such as 2026-01-02T03:04:05.678901Z."""
-    moment = EPOCH + timedelta(microseconds=at_us)
-    return f"{moment.isoformat()}Z"
+    return f"{utc(at_us).isoformat()}Z"
 
 
 def checked_id(number: int) -> int:

@@ -14,8 +14,9 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -62,6 +63,7 @@ class Caller:
 
 
 Handler = Callable[[Operation, dict[str, object], Caller], object]
+"""Gives the result, or a future of it."""
 
 
 class ControlServer:
@@ -200,11 +202,28 @@ class ControlServer:
     # -- the pool's threads -----------------------------------------------------------------
 
     def _carry_out(self, identity: bytes, request: Request, caller: Caller) -> None:
+        def encoded(result: object) -> list[bytes]:
+            return encode_result(request.id, operation, result)
+
         try:
             operation, arguments = decode_arguments(request)
-            frames = encode_result(
-                request.id, operation, self._handle(operation, arguments, caller)
+            result = self._handle(operation, arguments, caller)
+        except Exception as error:  # noqa: BLE001 - raised again in _reply
+            self._reply(identity, request, partial(_raise, error))
+            return
+        if isinstance(result, Future):
+            # It waits for something to happen, and must not hold one of a few threads meanwhile.
+            result.add_done_callback(
+                lambda done: self._reply(identity, request, lambda: encoded(done.result()))
             )
+        else:
+            self._reply(identity, request, lambda: encoded(result))
+
+    def _reply(
+        self, identity: bytes, request: Request, frames_of: Callable[[], list[bytes]]
+    ) -> None:
+        try:
+            frames = frames_of()
         except CasparianError as error:
             frames = encode_error(request.id, error)
         except Exception as error:
@@ -216,6 +235,10 @@ class ControlServer:
             frames = encode_error(request.id, wrapped)
         self._done.append([identity, *frames])
         self._waker.wake()
+
+
+def _raise(error: Exception) -> list[bytes]:
+    raise error
 
 
 def parse_peer(text: str) -> Caller | None:

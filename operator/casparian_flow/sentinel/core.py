@@ -243,6 +243,7 @@ class SentinelCore(Generic[L]):
         for _, instruction in self._held:
             if isinstance(instruction, Reply):
                 self._out.append(Failed(instruction.reply, error))
+        self._out.extend(Failed(reply, error) for reply in self.broker.unanswered)
         self._held.clear()
         self._lazy.clear()
         # What came in since is refused in this very turn (`_refuse_events`), as commands among it

@@ -73,6 +73,16 @@ class Cancel:
 
 
 @dataclass(slots=True)
+class AwaitJob:
+    """Tell when a job has ended. Replies {"outcome": ended|waiting|unknown}, `waiting` when the
+    time is over."""
+
+    reply: ReplyId
+    job_id: JobId
+    timeout_s: float
+
+
+@dataclass(slots=True)
 class Resolve:
     """An operator's decision on a STAGED job. Replies {"outcome": resolved|not_staged}."""
 
@@ -113,6 +123,7 @@ Event = (
     | PluginsChanged
     | GrantResult
     | Cancel
+    | AwaitJob
     | Resolve
     | PausePlugin
     | ResumePlugin
