@@ -26,7 +26,7 @@ from casparian_flow.domain.errors import (
 from casparian_flow.sentinel import control_server, paths
 from casparian_flow.sentinel.api import ChunkResult, FileFinding, ScanReport
 from casparian_flow.sentinel.control import ControlClient, remote
-from casparian_flow.sentinel.control_codec import OPERATIONS, Operation
+from casparian_flow.sentinel.control_codec import CONTROL_OPERATIONS, Operation
 from casparian_flow.sentinel.control_server import Caller, ControlServer
 
 
@@ -391,5 +391,5 @@ def test_every_method_of_the_interface_has_an_operation_and_a_stub() -> None:
     from casparian_flow.sentinel.control import RemoteControl
 
     methods = {name for name in vars(ControlApi) if not name.startswith("_")}
-    assert set(OPERATIONS) == methods
+    assert set(CONTROL_OPERATIONS) == methods
     assert all(callable(getattr(RemoteControl, name)) for name in methods)

@@ -782,6 +782,12 @@ class Ledger:
             self._statuses.add_all(ids, JobStatus.QUEUED)
             return ids
 
+    def keep_ids(self, *tables: str) -> None:
+        """Within the open transaction, which may delete rows: never give their ids again."""
+        with self._lock:
+            require(self._in_transaction, "ids kept outside of a transaction")
+            self._counters.keep(self._connection, tables)
+
     def query(
         self, sql: str, parameters: Sequence[Any] = (), *, folded: bool = True
     ) -> list[dict[str, Any]]:

@@ -6,22 +6,26 @@ be written through a Session while no Sentinel runs; jobs are made by `casparian
 """
 
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    Column,
     Computed,
     DateTime,
     Float,
     Integer,
     String,
+    Table,
     UniqueConstraint,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.schema import SchemaItem
 
+from casparian_flow.db import schema
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.outputs import OutputState, SinkMode
@@ -441,3 +445,48 @@ class LibraryWhitelist(Base):
     version_constraint: Mapped[str | None]
     description: Mapped[str | None]
     added_at: Mapped[datetime | None] = mapped_column(default=_utc_now)
+
+
+def _derived_table(name: str) -> Table:
+    """The columns and keys of a table as db/schema.py has it."""
+    keys = schema.primary_key(name)
+    columns: list[SchemaItem] = [
+        Column(
+            column.name,
+            _SQL_TYPES[column.sql_type](),
+            primary_key=column.name in keys,
+            autoincrement=False,
+            nullable=column.nullable,
+        )
+        for column in schema.columns(name)
+    ]
+    return Table(name, Base.metadata, *columns, *map(_unique, schema.unique_lists(name)))
+
+
+def _unique(names: tuple[str, ...]) -> UniqueConstraint:
+    return UniqueConstraint(*names)
+
+
+_SQL_TYPES: Final[dict[str, type[Any]]] = {
+    "BIGINT": BigInteger,
+    "VARCHAR": String,
+    "TIMESTAMP": DateTime,
+}
+
+
+class ApiJob(Base):
+    """A job of the API; its columns follow from protocol.HttpJob. For reading."""
+
+    __table__ = _derived_table("cf_api_jobs")
+
+
+class ApiEvent(Base):
+    """What happened to an API job. For reading."""
+
+    __table__ = _derived_table("cf_api_events")
+
+
+class ApiApproval(Base):
+    """A request to a person, and the decision. For reading."""
+
+    __table__ = _derived_table("cf_api_approvals")

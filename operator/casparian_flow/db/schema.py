@@ -11,17 +11,13 @@ Times are naive TIMESTAMP in UTC; columns ending in `_us` or `_ns` are integers 
 
 import hashlib
 import re
-from enum import StrEnum
+from typing import NamedTuple
 
+from casparian_flow.db.api_tables import API_TABLES, JOBS
+from casparian_flow.db.api_tables import one_of as _one_of
 from casparian_flow.domain.jobs import CompletionStatus, JobStatus, JournalKind
 from casparian_flow.domain.outputs import OutputKind, OutputState, SinkMode
 from casparian_flow.domain.wiring import Origin, PluginStatus, SourceType, WorkerStatus
-
-
-def _one_of(column: str, values: type[StrEnum]) -> str:
-    listed = ", ".join(f"'{value}'" for value in values)
-    return f"CHECK ({column} IN ({listed}))"
-
 
 TABLES: dict[str, str] = {
     "cf_meta": """
@@ -272,12 +268,15 @@ TABLES: dict[str, str] = {
         description VARCHAR,
         added_at TIMESTAMP
     """,
+    **API_TABLES,
 }
 
-ID_TABLES: tuple[str, ...] = tuple(
-    name for name, columns in TABLES.items() if columns.lstrip().startswith("id BIGINT PRIMARY KEY")
-)
-"""Tables whose ids the ledger's counters hand out."""
+ID_COLUMNS: dict[str, str] = {JOBS: "job_id"} | {
+    name: "id"
+    for name, columns in TABLES.items()
+    if columns.lstrip().startswith("id BIGINT PRIMARY KEY")
+}
+"""Tables whose ids the ledger's counters hand out, with the column that holds them."""
 
 WHITELIST: tuple[tuple[str, str], ...] = (
     ("pandas", ">=2.0.0"),
@@ -305,10 +304,33 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def column_names(table: str) -> tuple[str, ...]:
+class ColumnDefinition(NamedTuple):
+    name: str
+    sql_type: str
+    nullable: bool
+
+
+def columns(table: str) -> tuple[ColumnDefinition, ...]:
     """The columns of a table, in order."""
     lines = (line.strip() for line in TABLES[table].splitlines())
-    return tuple(found[1] for line in lines if (found := _COLUMN.match(line)))
+    return tuple(
+        ColumnDefinition(found[1], found[2], "NOT NULL" not in line and "PRIMARY KEY" not in line)
+        for line in lines
+        if (found := _COLUMN.match(line))
+    )
+
+
+def column_names(table: str) -> tuple[str, ...]:
+    """The names of a table's columns, in order."""
+    return tuple(column.name for column in columns(table))
+
+
+def unique_lists(table: str) -> list[tuple[str, ...]]:
+    """The columns of each UNIQUE constraint that has a line of its own."""
+    return [
+        tuple(name.strip() for name in found[1].split(","))
+        for found in _UNIQUE_LIST.finditer(TABLES[table])
+    ]
 
 
 def primary_key(table: str) -> tuple[str, ...]:
@@ -323,5 +345,6 @@ def primary_key(table: str) -> tuple[str, ...]:
     )
 
 
-_COLUMN = re.compile(r'"?([a-z_0-9]+)"? (?=[A-Z]+\b)')
+_COLUMN = re.compile(r'"?([a-z_0-9]+)"? ([A-Z]+)\b')
 _KEY_LIST = re.compile(r"PRIMARY KEY \(([^)]*)\)")
+_UNIQUE_LIST = re.compile(r"^\s*UNIQUE \(([^)]*)\)", re.MULTILINE)

@@ -49,6 +49,12 @@ class ConflictError(CasparianError):
     exit_code = 5
 
 
+class NotPermittedError(CasparianError):
+    """Who asks may not do this; somebody else may."""
+
+    exit_code = 9
+
+
 class LedgerError(CasparianError):
     """The ledger cannot be used; nothing was overwritten."""
 

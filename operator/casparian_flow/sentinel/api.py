@@ -10,7 +10,25 @@ All methods may raise NotFoundError, ConflictError, UsageError, LedgerError.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from casparian_flow.domain.ids import JobId
+from casparian_flow.protocol.http_types import (
+    AnyEvent,
+    AnyOperation,
+    Approval,
+    ApprovalBinding,
+    ApprovalStatus,
+    Cleaned,
+    Event,
+    HttpJob,
+    HttpJobStatus,
+    HttpJobType,
+    JobResult,
+    OutputInfo,
+)
 
 Row = dict[str, Any]
 AWAIT_MAX_S = 20.0
@@ -222,3 +240,232 @@ class ControlApi(Protocol):
 
     def export(self, directory: str) -> Row:
         """Write the whole history to `directory`; {tables: {name: rows}}."""
+
+
+class ApiStore(Protocol):
+    """Jobs, events and approvals of the API; what a method returns is durable.
+
+    Every method raises UsageError for an id, word, count or text that does not fit, and
+    LedgerError while the ledger cannot be used. The `update_…` methods return False, and change
+    nothing, where the job is finished already.
+    """
+
+    def init_schema(self) -> None:
+        """See that the tables are there. Idempotent."""
+
+    # -- jobs
+    def create_job(
+        self,
+        job_type: HttpJobType,
+        plugin_name: str,
+        plugin_version: str | None,
+        input_dir: str,
+        output_sink: str | None = None,
+        approval_id: str | None = None,
+        *,
+        spec_json: str | None = None,
+    ) -> JobId:
+        """A queued job; returns its id, which no other job ever has.
+
+        Args:
+            approval_id: of an approved request that has not started a job; the two are linked.
+
+        Raises:
+            NotFoundError: there is no such approval.
+            ConflictError: it is not approved, or has started a job.
+        """
+
+    def get_job(self, job_id: int) -> HttpJob | None:
+        """The job, None if there is none."""
+
+    def list_jobs(
+        self, status: HttpJobStatus | None = None, limit: int = 1_000, offset: int = 0
+    ) -> list[HttpJob]:
+        """Jobs, newest first."""
+
+    def update_job_status(
+        self, job_id: int, status: HttpJobStatus, error_message: str | None = None
+    ) -> bool:
+        """Move a job on; `started_at` and `finished_at` follow. No event is added.
+
+        Raises:
+            NotFoundError: there is no such job.
+            ConflictError: a move that there is none (running to queued).
+        """
+
+    def update_job_progress(
+        self,
+        job_id: int,
+        phase: str,
+        items_done: int,
+        items_total: int | None = None,
+        message: str | None = None,
+    ) -> bool:
+        """Set all of a job's progress; raises NotFoundError."""
+
+    def update_job_result(
+        self,
+        job_id: int,
+        rows_processed: int,
+        bytes_written: int | None = None,
+        outputs: Sequence[OutputInfo] = (),
+        metrics: dict[str, int] | None = None,
+    ) -> bool:
+        """Set all of a job's result, before it is finished; raises NotFoundError."""
+
+    def finish_job(
+        self,
+        job_id: int,
+        status: HttpJobStatus,
+        error_message: str | None = None,
+        result: JobResult | None = None,
+    ) -> bool:
+        """End a job: result, status and job_finished event in one transaction.
+
+        Raises:
+            NotFoundError: there is no such job.
+        """
+
+    def cancel_job(self, job_id: int) -> bool:
+        """Cancel a job with its job_finished event. False if it is missing or finished."""
+
+    # -- events
+    def next_event_id(self, job_id: int) -> int:
+        """The id that the job's next event gets; raises NotFoundError."""
+
+    def insert_event(self, job_id: int, event: AnyEvent) -> int:
+        """Append an event; returns its id: 1, 2, 3 … within the job.
+
+        Raises:
+            NotFoundError: there is no such job.
+            ConflictError: it is finished. The one event it then still takes is a job_finished
+                that tells its status, if there is none yet.
+        """
+
+    def insert_events(self, job_id: int, events: Sequence[AnyEvent]) -> list[int]:
+        """Append events, all or none; as `insert_event`."""
+
+    def list_events(
+        self, job_id: int, after: int | None = None, limit: int | None = None
+    ) -> list[Event]:
+        """The events after `after`, in order; at most `limit`. Empty for an unknown job."""
+
+    def wait_events(
+        self, job_id: int, after: int, timeout_seconds: float, limit: int = 1_000
+    ) -> list[Event]:
+        """As `list_events`; if there is none yet, waits until the job has news.
+
+        Empty after `timeout_seconds`, or sooner if its status changed without an event.
+        """
+
+    # -- approvals
+    def create_approval(
+        self,
+        approval_id: str,
+        operation: AnyOperation,
+        summary: str,
+        expires_in: timedelta,
+        *,
+        requester: str | None = None,
+        binding: ApprovalBinding | None = None,
+    ) -> None:
+        """A pending request; with `expires_in` of zero or less it is expired at once.
+
+        Raises:
+            ConflictError: the id is taken.
+        """
+
+    def get_approval(self, approval_id: str) -> Approval | None:
+        """The request as it stands at this moment, None if there is none."""
+
+    def list_approvals(
+        self, status: ApprovalStatus | None = None, limit: int = 1_000, offset: int = 0
+    ) -> list[Approval]:
+        """Requests, newest first."""
+
+    def approve(
+        self,
+        approval_id: str,
+        decided_by: str | None = None,
+        *,
+        binding: ApprovalBinding | None = None,
+    ) -> bool:
+        """Approve a pending request. False if it is missing, decided, expired or stale.
+
+        Args:
+            decided_by: over the control socket it is replaced by the caller's user name.
+            binding: what would be done now; if that is not what was asked for, the request
+                becomes stale.
+
+        Raises:
+            NotPermittedError: who asked may not decide.
+        """
+
+    def reject(
+        self, approval_id: str, decided_by: str | None = None, reason: str | None = None
+    ) -> bool:
+        """Reject a pending request. False if it is missing, decided or expired."""
+
+    def expire_approvals(self) -> int:
+        """Write down which pending requests are over; returns how many."""
+
+    def link_approval_to_job(self, approval_id: str, job_id: int) -> bool:
+        """Record which job an approved request has started; True, also if it is recorded.
+
+        Raises:
+            NotFoundError: there is no such request or job.
+            ConflictError: it is not approved, or either is linked with another.
+        """
+
+    def start_approved(
+        self,
+        approval_id: str,
+        *,
+        binding: ApprovalBinding | None = None,
+        spec_json: str | None = None,
+    ) -> JobId | None:
+        """Create the one job of an approved request, or find it, in one transaction.
+
+        Returns:
+            The job's id, always the same; None if the request is not approved or is stale.
+
+        Raises:
+            NotFoundError: there is no such request.
+            UsageError: it is bound and `binding` is missing, or it asks for no job.
+        """
+
+    def mark_stale(self, approval_id: str, changes: Sequence[str]) -> bool:
+        """Void a pending or approved request; its job, if it has not begun, fails.
+
+        Args:
+            changes: what has changed, a line each.
+
+        Returns:
+            False, and nothing changed, if it is past that.
+
+        Raises:
+            NotFoundError: there is no such request.
+        """
+
+    # -- retention
+    def cleanup_old_data(self, job_ttl_hours: float, event_ttl_hours: float) -> Cleaned:
+        """Delete finished jobs, and events of finished jobs, by their age: (jobs, events)."""
+
+
+class ApiClient(ApiStore, Protocol):
+    """ApiStore that can be closed; also a context manager."""
+
+    @staticmethod
+    def generate_approval_id() -> str:
+        """A new id, UUID version 4."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...

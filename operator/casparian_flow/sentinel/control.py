@@ -24,9 +24,13 @@ from casparian_flow.domain.errors import (
     SentinelUnreachableError,
     UsageError,
 )
+from casparian_flow.protocol.http_types import new_approval_id
 from casparian_flow.sentinel import paths
-from casparian_flow.sentinel.api import ControlApi
+from casparian_flow.sentinel.api import ApiClient, ApiStore, ControlApi
 from casparian_flow.sentinel.control_codec import (
+    API_OPERATIONS,
+    API_PREFIX,
+    CONTROL_OPERATIONS,
     OPERATIONS,
     REPLY_BYTES_MAX,
     Operation,
@@ -61,6 +65,10 @@ _DOWN = (
 
 class ControlClient(ControlApi, Protocol):
     """ControlApi that can be closed; also a context manager."""
+
+    @property
+    def api(self) -> ApiClient:
+        """The API's jobs, events and approvals, over the same connections."""
 
     def close(self) -> None: ...
 
@@ -170,7 +178,8 @@ class RemoteControl:
         channel = self._take()
         try:
             channel.socket.send(request)
-            frames = channel.receive(name, self._patience_s(operation))
+            patience_s = self._patience_s(operation) + float(arguments.get("timeout_seconds", 0))
+            frames = channel.receive(name, patience_s)
             reply = decode_reply(frames)
             if reply.id not in (number, 0):
                 raise ProtocolError(f"{name}: the reply answers another request")
@@ -204,6 +213,11 @@ class RemoteControl:
             raise
         return channel
 
+    @property
+    def api(self) -> "RemoteApi":
+        """The API's calls, carried out by the same Sentinel."""
+        return RemoteApi(self)
+
     def close(self) -> None:
         with self._lock:
             for channel in self._idle:
@@ -223,17 +237,52 @@ class RemoteControl:
         self.close()
 
 
-def _stub(name: str) -> Callable[..., Any]:
-    def method(self: RemoteControl, *args: object, **kwargs: object) -> Any:
+class RemoteApi:
+    """Every method of ApiStore, carried out by a Sentinel.
+
+    Args:
+        control: asked; closed with this object.
+    """
+
+    def __init__(self, control: RemoteControl) -> None:
+        self._control = control
+
+    def call(self, name: str, *args: object, **kwargs: object) -> Any:
+        """As RemoteControl.call, by the method's own name."""
+        return self._control.call(API_PREFIX + name, *args, **kwargs)
+
+    @staticmethod
+    def generate_approval_id() -> str:
+        return new_approval_id()
+
+    def close(self) -> None:
+        self._control.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _add_stub(client: type[RemoteControl] | type[RemoteApi], interface: type, name: str) -> None:
+    def method(self: RemoteControl | RemoteApi, *args: object, **kwargs: object) -> Any:
         return self.call(name, *args, **kwargs)
 
     method.__name__ = name
-    method.__doc__ = getattr(ControlApi, name).__doc__
-    return method
+    method.__doc__ = getattr(interface, name).__doc__
+    setattr(client, name, method)
 
 
-for _name in OPERATIONS:
-    setattr(RemoteControl, _name, _stub(_name))
+for _name in CONTROL_OPERATIONS:
+    _add_stub(RemoteControl, ControlApi, _name)
+for _name in API_OPERATIONS:
+    _add_stub(RemoteApi, ApiStore, _name.removeprefix(API_PREFIX))
 
 
 def remote(address: str, *, timeout_s: float | None = None) -> ControlClient:

@@ -1,4 +1,4 @@
-"""Requests and replies of the control socket: JSON whose shapes come from `ControlApi` itself.
+"""Requests and replies of the control socket: JSON whose shapes come from the interfaces.
 
 A request is one frame, `{"id", "op", "args"}`. A reply is `{"id", "ok": true, "result"}` or
 `{"id", "ok": false, "error"}`; a result of bytes follows as a second frame. See docs/control.md.
@@ -13,7 +13,7 @@ import msgspec
 
 from casparian_flow.domain import errors
 from casparian_flow.domain.errors import CasparianError, ProtocolError, UsageError
-from casparian_flow.sentinel.api import ControlApi
+from casparian_flow.sentinel.api import ApiStore, ControlApi
 
 REQUEST_BYTES_MAX = 32 * 1024 * 1024
 """Holds 2,000 findings with the longest paths, and a plugin's source with its lock."""
@@ -60,7 +60,7 @@ class Reply(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of ControlApi as it travels.
+    """One method of ControlApi or ApiStore as it travels.
 
     Attributes:
         signature: to bind a client's arguments, without `self`.
@@ -87,7 +87,9 @@ def _operation(name: str, method: Any) -> Operation:
         else (p.name, hints[p.name], p.default)
         for p in parameters
     ]
-    kind = msgspec.defstruct(f"{name}_args", fields, forbid_unknown_fields=True, kw_only=True)
+    kind = msgspec.defstruct(
+        f"{name.replace('.', '_')}_args", fields, forbid_unknown_fields=True, kw_only=True
+    )
     return Operation(
         name,
         signature.replace(parameters=parameters),
@@ -97,11 +99,19 @@ def _operation(name: str, method: Any) -> Operation:
     )
 
 
-OPERATIONS: dict[str, Operation] = {
-    name: _operation(name, method)
-    for name, method in vars(ControlApi).items()
-    if not name.startswith("_") and inspect.isfunction(method)
-}
+def _operations(interface: type, prefix: str = "") -> dict[str, Operation]:
+    return {
+        prefix + name: _operation(prefix + name, method)
+        for name, method in vars(interface).items()
+        if not name.startswith("_") and inspect.isfunction(method)
+    }
+
+
+API_PREFIX = "api."
+"""Before the names of ApiStore's methods, some of which ControlApi has as well."""
+CONTROL_OPERATIONS = _operations(ControlApi)
+API_OPERATIONS = _operations(ApiStore, API_PREFIX)
+OPERATIONS: dict[str, Operation] = CONTROL_OPERATIONS | API_OPERATIONS
 _requests = msgspec.json.Decoder(Request)
 _replies = msgspec.json.Decoder(Reply)
 _encode = msgspec.json.Encoder().encode

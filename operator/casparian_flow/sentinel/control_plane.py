@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from casparian_flow import __version__
 from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
+from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.engine_errors import reading
 from casparian_flow.db.journal import Folded
 from casparian_flow.db.ledger import Ledger
@@ -37,11 +38,20 @@ from casparian_flow.domain.ids import JobId
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
 from casparian_flow.domain.outputs import output_roots
 from casparian_flow.domain.records import Job, PluginSpec
+from casparian_flow.sentinel import api_calls
 from casparian_flow.sentinel import events as e
-from casparian_flow.sentinel.api import AWAIT_MAX_S, ChunkResult, FileFinding, Row, ScanReport
+from casparian_flow.sentinel.api import (
+    AWAIT_MAX_S,
+    ApiClient,
+    ChunkResult,
+    FileFinding,
+    Row,
+    ScanReport,
+)
 from casparian_flow.sentinel.broker import Broker, Worker
+from casparian_flow.sentinel.caller import Caller
 from casparian_flow.sentinel.causes import Facts, explain
-from casparian_flow.sentinel.control_codec import Operation
+from casparian_flow.sentinel.control_codec import API_PREFIX, Operation
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.loop import CoreLoop, fail, settle
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
@@ -62,7 +72,7 @@ QUIET = frozenset(
         "list_topics", "list_rules", "list_workers", "snapshot", "check", "begin_scan",
         "commit_chunk", "finish_scan",
     }
-)  # fmt: skip
+) | api_calls.QUIET  # fmt: skip
 """Operations that change nothing people decided, or come in great numbers; not logged."""
 DEFERRED = {"await_job": "_end_of_job"}
 """Operations that wait for something to happen, and how they do it without holding a thread."""
@@ -77,6 +87,11 @@ class ControlPlane:
         database: where the ledger is; snapshots go beside it.
         bind_address: where workers connect, "" if no Sentinel serves any.
         stop: ends the Sentinel; None if there is none.
+        allow_self_approval: whether who asked for something may also approve it.
+
+    Attributes:
+        storage: the API's jobs, events and approvals in this ledger.
+        api: carries the API's calls out; `storage`, or what does more around it.
     """
 
     def __init__(
@@ -87,6 +102,7 @@ class ControlPlane:
         clock: Clock,
         bind_address: str = "",
         stop: Callable[[], None] | None = None,
+        allow_self_approval: bool = True,
     ) -> None:
         self._loop = loop
         self._database = str(database)
@@ -94,8 +110,10 @@ class ControlPlane:
         self._bind_address = bind_address
         self._stop = stop
         self._started_us = clock.now().wall_us
+        self.storage = ApiStorage(door=loop, clock=clock, allow_self_approval=allow_self_approval)
+        self.api: ApiClient = self.storage
 
-    def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: object) -> object:
+    def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: Caller) -> object:
         """One operation by name, for the control socket; writes are logged with their caller.
 
         Returns:
@@ -105,6 +123,9 @@ class ControlPlane:
         try:
             if operation.name not in QUIET:
                 log.info("%s by %s", operation.name, caller)
+            if operation.name.startswith(API_PREFIX):
+                method = operation.name.removeprefix(API_PREFIX)
+                return api_calls.carry_out(self.api, self.storage, method, arguments, caller)
             return getattr(self, DEFERRED.get(operation.name, operation.name))(**arguments)
         finally:
             _actor.reset(token)

@@ -15,7 +15,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from casparian_flow.domain.errors import (
     ConflictError,
     UsageError,
 )
+from casparian_flow.sentinel.caller import Caller
 from casparian_flow.sentinel.control_codec import (
     REQUEST_BYTES_MAX,
     Operation,
@@ -48,18 +48,6 @@ RECEIVE_MAX = 64
 THREADS = 4
 LAST_ANSWERS_S = 0.05
 IPC = "ipc://"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asked, as far as the transport can tell."""
-
-    transport: str
-    uid: int | None = None
-    pid: int | None = None
-
-    def __str__(self) -> str:
-        return self.transport if self.uid is None else f"uid {self.uid} (pid {self.pid})"
 
 
 Handler = Callable[[Operation, dict[str, object], Caller], object]

@@ -1,0 +1,57 @@
+"""The API's calls as they come over the control socket: who decides, and how one waits.
+
+A decision counts as that of the user whom the kernel names; over a socket where nobody is named
+there is none. A call that waits for news holds no thread: it is answered later.
+"""
+
+from typing import Any, Final
+
+from casparian_flow.db.api_storage import ApiStorage
+from casparian_flow.domain.errors import NotPermittedError
+from casparian_flow.sentinel.api import ApiStore
+from casparian_flow.sentinel.caller import Caller
+from casparian_flow.sentinel.control_codec import API_PREFIX
+
+QUIET: Final = frozenset(
+    API_PREFIX + name
+    for name in (
+        "init_schema", "get_job", "list_jobs", "update_job_progress", "next_event_id",
+        "insert_event", "insert_events", "list_events", "wait_events", "get_approval",
+        "list_approvals", "expire_approvals",
+    )
+)  # fmt: skip
+"""Calls that change nothing, or come in great numbers; not logged."""
+DECISIONS: Final = frozenset({"approve", "reject"})
+
+
+def carry_out(
+    store: ApiStore, storage: ApiStorage, method: str, arguments: dict[str, Any], caller: Caller
+) -> object:
+    """One call by its name.
+
+    Args:
+        store: carries it out; may do more than `storage` does.
+        storage: where waiting happens.
+
+    Returns:
+        The result, or a future of it for a call that waits.
+
+    Raises:
+        NotPermittedError: a decision by nobody.
+    """
+    if method in DECISIONS:
+        arguments = arguments | {"decided_by": _decider(caller)}
+    elif method == "create_approval" and arguments.get("requester") is None:
+        arguments = arguments | {"requester": caller.user}
+    elif method == "wait_events":
+        return storage.events_later(**arguments)
+    return getattr(store, method)(**arguments)
+
+
+def _decider(caller: Caller) -> str:
+    if caller.user is None:
+        raise NotPermittedError(
+            "nobody vouches for who decides over this socket",
+            hint="Decide on the Sentinel's machine, over its ipc control socket.",
+        )
+    return caller.user
