@@ -306,11 +306,11 @@ os.execv(sys.executable, [sys.executable, "-c", {inner!r}])
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-@pytest.mark.parametrize("deny_metadata", [False, True])
-def test_the_filter_is_well_formed_for_each_machine(machine: str, deny_metadata: bool) -> None:
+@pytest.mark.parametrize("shared_user", [False, True])
+def test_the_filter_is_well_formed_for_each_machine(machine: str, shared_user: bool) -> None:
     import struct
 
-    code = seccomp.program(machine, deny_metadata=deny_metadata)
+    code = seccomp.program(machine, shared_user=shared_user)
     steps = list(struct.iter_unpack("=HBBI", code))
     assert len(steps) < 4096
     assert steps[-1][0] == 0x06, "ends with a return"

@@ -132,6 +132,7 @@ def end_descendants() -> None:
 def _be_guest(orders: Orders, report: sandbox.Report, parent: int) -> NoReturn:
     for descriptor in (orders.life, orders.status):
         os.close(descriptor)
+    os.setsid()  # a signal to its own group must not mean the launcher too
     sock = socket.socket(fileno=orders.bridge)
     rules = sandbox.Confinement.from_json(orders.confinement)
     os.chdir(rules.writes[0])

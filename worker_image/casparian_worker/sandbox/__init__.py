@@ -168,7 +168,7 @@ def confine(rules: Confinement, report: Report, parent: int) -> None:
     _measure(report, "parent_death", lambda: die_with(parent))
     _measure(report, "not_dumpable", lambda: libc.prctl(libc.PR_SET_DUMPABLE, 0))
     shared_user = not report["user"].startswith(APPLIED)
-    _measure(report, "seccomp", lambda: seccomp.install(deny_metadata=shared_user))
+    _measure(report, "seccomp", lambda: seccomp.install(shared_user=shared_user))
 
 
 def _is_root() -> bool:
@@ -179,6 +179,7 @@ def _limit(rules: Confinement) -> None:
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_NOFILE, _OPEN_FILES_MAX)
     _set_limit(resource.RLIMIT_FSIZE, rules.file_bytes)
+    _set_limit(resource.RLIMIT_RTPRIO, 0)
     _set_limit(resource.RLIMIT_DATA, 2 * (rules.memory_mb << 20) + _DATA_SLACK_BYTES)
 
 

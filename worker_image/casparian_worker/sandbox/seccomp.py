@@ -1,8 +1,11 @@
-"""The system call filter: a deny list, answered with EPERM, compiled to classic BPF.
+"""The system call filter: a deny list, compiled to classic BPF.
 
 A deny list and not an allow list, because plugins bring compiled libraries of every kind; what is
 denied is what they never need and an escape would: new sockets, other processes' memory, mounts,
 namespaces, kernel keys, io_uring (which would carry out denied calls unseen) and the like.
+
+Times, and modes and owners where the plugin shares the worker's user, are neither set nor refused:
+Landlock does not guard them, and libraries that copy a file into scratch fail if they are told so.
 See seccomp(2) and the kernel's Documentation/userspace-api/seccomp_filter.rst.
 """
 
@@ -13,6 +16,7 @@ import struct
 from casparian_worker.sandbox import libc
 
 _LD_W_ABS = 0x20
+_AND = 0x54
 _JEQ = 0x15
 _JGE = 0x35
 _JSET = 0x45
@@ -24,15 +28,14 @@ _NR, _ARCH, _ARGS = 0, 4, 16
 _SET_MODE_FILTER = 1
 _TSYNC = 1
 _X32_BIT = 0x40000000
-_AF_UNIX = 1
-_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
 
-# Numbers by name: (x86_64, aarch64), None where an architecture lacks the call.
-_DENIED: dict[str, tuple[int | None, int | None]] = {
+Numbers = dict[str, tuple[int | None, int | None]]
+"""By name: (x86_64, aarch64), None where an architecture lacks the call."""
+
+DENIED: Numbers = {
     "socket": (41, 198),
     "connect": (42, 203),
     "bind": (49, 200),
@@ -94,6 +97,10 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "vhangup": (153, 58),
     "lookup_dcookie": (212, 18),
     "fanotify_init": (300, 262),
+    "inotify_add_watch": (254, 27),
+    "memfd_create": (319, 279),  # programs without a file, memory that nobody has mapped
+    "memfd_secret": (447, 447),
+    "file_setattr": (469, 469),
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
     "shmget": (29, 194),
@@ -113,49 +120,98 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "ustat": (136, None),
     "sysfs": (139, None),
 }
-# Landlock does not cover these, so they are denied too where the plugin shares the worker's uid.
-# utimensat stays allowed on descriptors (a null path), which Landlock has confined already.
-_METADATA: dict[str, tuple[int | None, int | None]] = {
-    "chmod": (90, None),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "chown": (92, None),
-    "lchown": (94, None),
-    "fchownat": (260, 54),
+_ABSENT: Numbers = {
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "getxattr": (191, 8),
+    "lgetxattr": (192, 9),
+    "fgetxattr": (193, 10),
+    "listxattr": (194, 11),
+    "llistxattr": (195, 12),
+    "flistxattr": (196, 13),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "getxattrat": (464, 464),
+    "listxattrat": (465, 465),
+    "removexattrat": (466, 466),
+}
+"""Answered as on a file system without extended attributes."""
+_IGNORED: Numbers = {
     "utime": (132, None),
     "utimes": (235, None),
     "futimesat": (261, None),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "setxattrat": (463, 463),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
-    "removexattrat": (466, 466),
-    "file_setattr": (469, 469),
+    "utimensat": (280, 88),
 }
-_SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
-_CLONE = {"x86_64": 56, "aarch64": 220}
+"""Answered as if done, and not done."""
+_IGNORED_OF_SHARED_USER: Numbers = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+}
+"""Likewise, where the plugin's user owns more than its scratch."""
+
+_CLONE = (56, 220)
 _CLONE3 = 435
-_IOCTL = {"x86_64": 16, "aarch64": 29}
-_UTIMENSAT = {"x86_64": 280, "aarch64": 88}
+_SOCKETPAIR = (53, 199)
+_IOCTL = (16, 29)
+_FCNTL = (72, 25)
+_PRCTL = (157, 167)
+_WITH_FLAGS = {(44, 206): 3, (45, 207): 3, (46, 211): 2, (47, 212): 2, (307, 269): 3, (299, 243): 3}
+"""sendto, recvfrom, sendmsg, recvmsg, sendmmsg, recvmmsg: which argument holds the flags."""
+_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag
+_AF_UNIX, _STREAM, _SEQPACKET, _TYPE_MASK = 1, 1, 5, 0xF
+_MSG_OOB = 1
+_TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
+_FILE_FLAGS = (0x40086602, 0x40046602, 0x401C5820)  # FS_IOC_SETFLAGS in two sizes, FSSETXATTR
+_INTERFACES = 0x8900  # SIOC…: the bridge belongs to the machine's network, not the plugin's
+_F_SETLEASE, _F_NOTIFY = 1024, 1026
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def program(machine: str, *, deny_metadata: bool) -> bytes:
+def _answer(error: int) -> bytes:
+    return _op(_RET, _ERRNO | error)
+
+
+_DENY = _answer(errno.EPERM)
+_PASS = _op(_RET, _ALLOW)
+
+
+def _when(number: int, steps: list[bytes]) -> list[bytes]:
+    """Steps for one call; the last of them returns."""
+    return [_op(_JEQ, number, if_false=len(steps)), *steps]
+
+
+def _argument(index: int) -> bytes:
+    """Look at an argument's lower half, which is all that the kernel takes of an int."""
+    return _op(_LD_W_ABS, _ARGS + 8 * index)
+
+
+def _deny(test: int, *values: int) -> list[bytes]:
+    return [step for value in values for step in (_op(test, value, if_false=1), _DENY)]
+
+
+def program(machine: str, *, shared_user: bool) -> bytes:
     """The filter for a machine ("x86_64" or "aarch64") as BPF instructions of 8 bytes each.
 
     Args:
-        deny_metadata: whether chmod, chown, utime and setxattr by path are denied as well.
+        shared_user: whether the plugin's user owns files of others, its worker's for instance.
 
     Raises:
         KeyError: no filter is known for the machine.
     """
     column = 0 if machine == "x86_64" else 1
-    deny = _op(_RET, _ERRNO | errno.EPERM)
-    allow = _op(_RET, _ALLOW)
     code = [
         _op(_LD_W_ABS, _ARCH),
         _op(_JEQ, _ARCHES[machine], if_true=1),
@@ -163,50 +219,63 @@ def program(machine: str, *, deny_metadata: bool) -> bytes:
         _op(_LD_W_ABS, _NR),
     ]
     if machine == "x86_64":
-        code += [_op(_JGE, _X32_BIT, if_false=1), deny]
-    names = _DENIED | (_METADATA if deny_metadata else {})
-    for numbers in names.values():
-        number = numbers[column]
-        if number is not None:
-            code += [_op(_JEQ, number, if_false=1), deny]
+        code += _deny(_JGE, _X32_BIT)
+    ignored = _IGNORED | (_IGNORED_OF_SHARED_USER if shared_user else {})
+    for names, answer in (
+        (DENIED, _DENY),
+        (_ABSENT, _answer(errno.ENOTSUP)),
+        (ignored, _answer(0)),
+    ):
+        for numbers in names.values():
+            number = numbers[column]
+            if number is not None:
+                code += _when(number, [answer])
     # glibc falls back from clone3, whose flags a filter cannot see, to clone.
-    code += [_op(_JEQ, _CLONE3, if_false=1), _op(_RET, _ERRNO | errno.ENOSYS)]
-    code += [
-        _op(_JEQ, _CLONE[machine], if_false=4),
-        _op(_LD_W_ABS, _ARGS),
-        _op(_JSET, _NAMESPACES, if_false=1),
-        deny,
-        allow,
-        _op(_JEQ, _SOCKETPAIR[machine], if_false=4),
-        _op(_LD_W_ABS, _ARGS),
-        _op(_JEQ, _AF_UNIX, if_true=1),
-        deny,
-        allow,
-        _op(_JEQ, _IOCTL[machine], if_false=5),
-        _op(_LD_W_ABS, _ARGS + 8),
-        _op(_JEQ, _TIOCSTI, if_true=1),
-        _op(_JEQ, _TIOCLINUX, if_false=1),
-        deny,
-        allow,
+    code += _when(_CLONE3, [_answer(errno.ENOSYS)])
+    for call, steps in _looked_into().items():
+        code += _when(call[column], [*steps, _PASS])
+    return b"".join([*code, _PASS])
+
+
+def _looked_into() -> dict[tuple[int, int], list[bytes]]:
+    """Calls that depend on their arguments: what denies them."""
+    # A pair of datagram sockets could send to any socket file on the machine.
+    pairs = [
+        _argument(0),
+        *_deny_unless(_AF_UNIX),
+        _argument(1),
+        _op(_AND, _TYPE_MASK),
+        _op(_JEQ, _STREAM, if_true=2),
+        *_deny_unless(_SEQPACKET),
     ]
-    if deny_metadata:
-        code += [
-            _op(_JEQ, _UTIMENSAT[machine], if_false=6),
-            _op(_LD_W_ABS, _ARGS + 8),
-            _op(_JEQ, 0, if_false=2),
-            _op(_LD_W_ABS, _ARGS + 12),
-            _op(_JEQ, 0, if_true=1),
-            deny,
-            allow,
-        ]
-    return b"".join([*code, allow])
+    ioctl = [
+        _argument(1),
+        *_deny(_JEQ, *_TERMINAL_INPUT, *_FILE_FLAGS),
+        _op(_AND, 0xFFFFFF00),
+        *_deny(_JEQ, _INTERFACES),
+    ]
+    flags = {
+        call: [_argument(place), *_deny(_JSET, _MSG_OOB)] for call, place in _WITH_FLAGS.items()
+    }
+    return {
+        _CLONE: [_argument(0), *_deny(_JSET, _NAMESPACES)],
+        _SOCKETPAIR: pairs,
+        _IOCTL: ioctl,
+        _FCNTL: [_argument(1), *_deny(_JEQ, _F_SETLEASE, _F_NOTIFY)],
+        _PRCTL: [_argument(0), *_deny(_JEQ, _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE)],
+        **flags,
+    }
+
+
+def _deny_unless(value: int) -> list[bytes]:
+    return [_op(_JEQ, value, if_true=1), _DENY]
 
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def install(*, deny_metadata: bool) -> None:
+def install(*, shared_user: bool) -> None:
     """Put the filter in force for all threads of this process. Needs no_new_privs.
 
     Raises:
@@ -215,7 +284,7 @@ def install(*, deny_metadata: bool) -> None:
     machine = libc.MACHINE
     if machine not in _ARCHES:
         raise OSError(errno.ENOSYS, f"no system call filter for {machine}")
-    code = program(machine, deny_metadata=deny_metadata)
+    code = program(machine, shared_user=shared_user)
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     result = libc.syscall(_SECCOMP[machine], _SET_MODE_FILTER, _TSYNC, ctypes.byref(prog))
