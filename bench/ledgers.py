@@ -11,6 +11,10 @@ from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.sentinel.local import LocalControl
 from casparian_flow.services.scout import scan
+from casparian_flow.trust.bundle import make_bundle, pack
+from casparian_flow.trust.gatekeeper_lists import Profile
+from casparian_flow.trust.policy import TrustPolicy
+from casparian_flow.trust.rules import TrustRules
 
 PLUGIN = "benchmark"
 NOOP_SOURCE = """\
@@ -40,21 +44,30 @@ def wire(
 ) -> Wiring:
     """Make a ledger that knows the source root and the plugin, but no file."""
     root.mkdir(parents=True, exist_ok=True)
-    with LocalControl.open(database) as control:
+    with LocalControl.open(database, trust=unsigned_rules) as control:
         row = control.add_source(str(root), settle_seconds=0.0, ignore=ignore)
-        control.deploy(plugin_name=PLUGIN, version="1.0.0", source_code=source)
+        deploy(control, source)
         (plugin,) = control.list_plugins()
     return Wiring(database, int(row["id"]), int(plugin["id"]))
 
 
 def scanned(database: Path, root: Path, source: str = NOOP_SOURCE) -> Path:
     """Make a ledger that has seen the files under `root` before the plugin was deployed."""
-    with LocalControl.open(database) as control:
+    with LocalControl.open(database, trust=unsigned_rules) as control:
         row = control.add_source(str(root), settle_seconds=0.0)
         report = scan(int(row["id"]), control)
         check(not report.problems, f"scan: {report.problems}")
-        control.deploy(plugin_name=PLUGIN, version="1.0.0", source_code=source)
+        deploy(control, source)
     return database
+
+
+def unsigned_rules() -> TrustRules:
+    """Measurements are about the flow; their plugins are unsigned and unread."""
+    return TrustRules(TrustPolicy(allow_unsigned=True), Profile.OFF)
+
+
+def deploy(control: LocalControl, source: str) -> None:
+    control.deploy(pack(make_bundle(PLUGIN, "1.0.0", source)))
 
 
 def add_versions(wiring: Wiring, files: int, *, versions: int = 1) -> None:

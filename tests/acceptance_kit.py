@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow.cli.app import run as run_cli
+from casparian_flow.config import load_settings
+from casparian_flow.services.trust_file import ensure_own_key
 
 REPOSITORY = Path(__file__).parents[1]
 PLUGINS = REPOSITORY / "examples" / "plugins"
@@ -224,6 +226,7 @@ def make_flow(folder: Path, database: str = "casparian_flow.duckdb") -> Flow:
     for name in list(flow.environment):
         if name.startswith("CASPARIAN_"):
             del flow.environment[name]
-    flow.write("global_config.toml", CONFIG.format(database=database, port=flow.port))
+    config = flow.write("global_config.toml", CONFIG.format(database=database, port=flow.port))
+    ensure_own_key(load_settings(config))
     flow.inbox.mkdir(exist_ok=True)
     return flow

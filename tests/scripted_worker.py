@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import zmq
+from signing_kit import signed
 
 from casparian_flow.db.fanout import Wanted, enqueue
 from casparian_flow.db.ledger import Ledger
@@ -55,11 +56,23 @@ def fill(
         manifests = {}
         for plugin in plugins:
             manifests[plugin] = ledger.next_id("cf_plugin_manifest")
+            bundle = signed("code", plugin)
             connection.execute(
                 "INSERT INTO cf_plugin_manifest (id, plugin_name, version, source_code, "
-                "source_hash, status, created_at, artifact_hash) "
-                "VALUES (?, ?, '1.0.0', 'code', ?, 'ACTIVE', make_timestamp(?), ?)",
-                [manifests[plugin], plugin, plugin, now, "a" * 64],
+                "source_hash, status, created_at, deployed_at, artifact_hash, manifest_json, "
+                "envelope) VALUES (?, ?, '1.0.0', ?, ?, 'ACTIVE', make_timestamp(?), "
+                "make_timestamp(?), ?, ?, ?)",
+                [
+                    manifests[plugin],
+                    plugin,
+                    bundle.source,
+                    plugin,
+                    now,
+                    now,
+                    bundle.artifact_hash,
+                    bundle.manifest_json,
+                    bundle.envelope.decode(),
+                ],
             )
             connection.execute("INSERT INTO cf_plugin_config (plugin_name) VALUES (?)", [plugin])
             connection.execute(

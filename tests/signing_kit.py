@@ -1,15 +1,22 @@
-"""Signed plugins for tests: a key thrown away with the process, and a policy that trusts it."""
+"""Signed plugins for tests: a key that everybody knows, and a policy that trusts it.
 
+The key is the same in every process, since what one has signed another may have to trust.
+"""
+
+import hashlib
 import textwrap
 
-from casparian_flow.trust import keys
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from casparian_flow.trust.bundle import Bundle, make_bundle, pack
 from casparian_flow.trust.envelope import sign, statement_of
+from casparian_flow.trust.gatekeeper_lists import Profile
 from casparian_flow.trust.policy import TrustedKey, TrustPolicy, trust_only
+from casparian_flow.trust.rules import TrustRules
 
 SIGNER = "tests"
 WALL_US = 1_760_000_000_000_000
-KEY = keys.generate()
+KEY = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"for tests only").digest())
 
 
 def signed(
@@ -38,4 +45,24 @@ def policy_for(key: TrustedKey, **others: object) -> TrustPolicy:
     return TrustPolicy((SIGNER,), {SIGNER: (key,)}, **others)  # type: ignore[arg-type]
 
 
-__all__ = ["KEY", "SIGNER", "WALL_US", "policy", "policy_for", "signed", "signed_bundle"]
+def rules() -> TrustRules:
+    """Trusts KEY for everything; a TrustSource."""
+    return TrustRules(policy())
+
+
+def lax_rules() -> TrustRules:
+    """Likewise, and lets pass every source."""
+    return TrustRules(policy(), Profile.OFF)
+
+
+__all__ = [
+    "KEY",
+    "SIGNER",
+    "WALL_US",
+    "lax_rules",
+    "policy",
+    "policy_for",
+    "rules",
+    "signed",
+    "signed_bundle",
+]

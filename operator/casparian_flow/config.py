@@ -18,6 +18,7 @@ import stat
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
@@ -25,6 +26,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -170,6 +172,55 @@ class SandboxSettings(_Section):
     applied, and `casparian status` shows the rest."""
 
 
+class TrustedKeySettings(_Section):
+    """One public key of a signer."""
+
+    public: str
+    """The key: one line of base64, as `casparian keys show` prints it."""
+    scopes: tuple[str, ...] = ("*",)
+    """Names of plugins that it may sign; `*`, `?` and `[…]` are wildcards."""
+    not_before: datetime | None = None
+    """First moment of a deploy for which the key counts. UTC unless it names another zone."""
+    not_after: datetime | None = None
+    """Last moment of a deploy for which the key counts."""
+
+
+class AzureSettings(_Section):
+    """Azure AD, where publishers show who they are. Used when tenant and client are known, by
+    default from the variables AZURE_TENANT_ID and AZURE_CLIENT_ID."""
+
+    tenant_id: str = ""
+    """The directory's id. Empty: what AZURE_TENANT_ID says."""
+    client_id: str = ""
+    """The application's id. Empty: what AZURE_CLIENT_ID says."""
+    authority: Annotated[str, Field(pattern=r"^(https://\S+|http://127\.0\.0\.1:\d+\S*)?$")] = ""
+    """Address of the authority. Empty: `https://login.microsoftonline.com/TENANT`."""
+    group: str = ""
+    """Id of a group that a publisher must be in. Empty: everybody of the directory may publish."""
+
+
+class TrustSettings(_Section):
+    """Whose plugins may run, and what their sources may do."""
+
+    allowed_signers: tuple[str, ...] = ()
+    """Signers whose keys count. Empty: nobody's, so that no signed plugin runs."""
+    keys: dict[str, tuple[TrustedKeySettings, ...]] = {}
+    """Public keys by signer, as `[[trust.keys.NAME]]` tables. `casparian keys trust` adds one."""
+    revoked: dict[str, str] = {}
+    """Reason by key id (64 hex digits). `casparian keys revoke` adds one."""
+    allow_unsigned: bool = False
+    """Whether plugins without any signature may run. One with a signature is always checked."""
+    gatekeeper: Literal["strict", "standard", "off"] = "strict"
+    """What sources may do: `strict`, `standard` (they may open files) or `off` (no checks)."""
+    libraries: tuple[str, ...] = ()
+    """Libraries that plugins may import beside the usual ones (pandas, pyarrow, numpy …)."""
+    keys_folder: Path = Path("keys")
+    """Folder of this user's own keys."""
+    signing_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")] = "local"
+    """Name of the key in `keys_folder` with which `casparian publish` signs."""
+    azure: AzureSettings = AzureSettings()
+
+
 class Settings(BaseSettings):
     """All settings, one attribute for each section of the file."""
 
@@ -187,6 +238,19 @@ class Settings(BaseSettings):
     sinks: SinksSettings = SinksSettings()
     logging: LoggingSettings = LoggingSettings()
     sandbox: SandboxSettings = SandboxSettings()
+    trust: TrustSettings = TrustSettings()
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """Where they were read, or would have been; None for settings made in a program."""
+        return self._file
+
+    def read_from(self, file: Path) -> Self:
+        """These settings, with the place that they were read from."""
+        self._file = file
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -248,7 +312,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
             str(error), hint=f"Correct the {ENVIRONMENT_PREFIX}* variables."
         ) from error
     log.debug("settings read from %s", file)
-    return _anchored(loaded, file.parent)
+    return _anchored(loaded, file.parent).read_from(file)
 
 
 def overridden(base: Settings, section: str, **values: object) -> Settings:
@@ -368,6 +432,9 @@ def _anchored(loaded: Settings, folder: Path) -> Settings:
                     "cache_dir": absolute(worker.cache_dir),
                 }
             ),
+            "trust": loaded.trust.model_copy(
+                update={"keys_folder": absolute(loaded.trust.keys_folder)}
+            ),
         }
     )
 
@@ -393,6 +460,8 @@ def type_name(annotation: Any) -> str:
         return type_name(next(a for a in get_args(annotation) if a is not type(None)))
     if origin is tuple:
         return "list of text"
+    if origin is dict:
+        return "table"
     names = {int: "whole number", float: "number", Path: "path"}
     return names.get(annotation, "text")
 

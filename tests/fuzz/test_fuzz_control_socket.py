@@ -12,6 +12,7 @@ import pytest
 import zmq
 from fuzzing import FRAMES, Fuzz, rss_mb
 from scripted_worker import seed
+from signing_kit import lax_rules
 
 from casparian_flow.sentinel.control import connect
 from casparian_flow.sentinel.control_codec import ERROR_CLASSES, OPERATIONS
@@ -27,7 +28,7 @@ WAIT_MS = 30_000
 def sentinel(tmp_path: Path) -> Iterator[Sentinel]:
     database = tmp_path / "ledger.duckdb"
     seed(database, files=5)
-    sentinel = Sentinel(SentinelConfig("tcp://127.0.0.1:*", database, drain_s=0.0))
+    sentinel = Sentinel(SentinelConfig("tcp://127.0.0.1:*", database, drain_s=0.0, trust=lax_rules))
     thread = threading.Thread(target=sentinel.run)
     thread.start()
     assert sentinel.wait_started(30)

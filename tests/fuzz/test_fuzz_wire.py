@@ -23,6 +23,7 @@ import zmq
 from fuzzing import FRAMES, Bodies, Fuzz, rss_mb
 from scripted_sentinel import ScriptedSentinel
 from scripted_worker import ScriptedWorker, job_of, seed
+from signing_kit import signed_bundle
 
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import SystemClock
@@ -48,12 +49,14 @@ DISPATCHED = 500
 GROWTH_MB = 200.0
 SENTINEL_SHARE = 0.7
 
-SENTINEL = """
+SENTINEL = f"""
 import sys, threading
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from signing_kit import lax_rules
 from casparian_flow.sentinel.server import Sentinel, SentinelConfig
 sentinel = Sentinel(SentinelConfig("tcp://127.0.0.1:*", sys.argv[1], lease_ttl_s=3.0,
                                    heartbeat_s=0.5, retry_base_s=0.05, max_retries=1000,
-                                   breaker_failures=10**9, drain_s=0.0))
+                                   breaker_failures=10**9, drain_s=0.0, trust=lax_rules))
 def told():
     sentinel.wait_started()
     print(sentinel.bind_address, flush=True)
@@ -100,12 +103,9 @@ def to_sentinel(token: str) -> Bodies:
     }  # fmt: skip
     stage, stage_body = body_of(m.Stage(token, ()))
     deploy = m.Deploy(
-        "sales",
-        "1.0.1",
-        "MANIFEST = PluginMetadata(pattern='*')\nclass Handler: pass\n",
-        "",
-        "",
-        "",
+        signed_bundle(
+            "MANIFEST = PluginMetadata(pattern='*')\nclass Handler: pass\n", "sales", "1.0.1"
+        )
     )
     return [
         body_of(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from signing_kit import rules, signed_bundle
 
 from casparian_flow.domain.errors import ConflictError, UsageError
 from casparian_flow.domain.paths import path_to_text
@@ -32,7 +33,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "in"
         self.folder.mkdir()
-        self.control: ControlClient = connect(folder / "ledger.duckdb")
+        self.control: ControlClient = connect(folder / "ledger.duckdb", trust=rules)
         self.root = self.control.add_source(str(self.folder), settle_seconds=SETTLE)
 
     def write(self, name: str, content: str | bytes = "a,b\n1,2\n") -> Path:
@@ -55,7 +56,7 @@ class Bench:
         return [str(v["content_hash"]) for v in self.control.versions(name)]
 
     def deploy(self, name: str = "rows", source: str = PLUGIN) -> Row:
-        return self.control.deploy(plugin_name=name, version="1.0.0", source_code=source)
+        return self.control.deploy(signed_bundle(source, name))
 
     def jobs(self) -> list[tuple[str, str]]:
         return sorted((j["plugin_name"], j["rel_path"]) for j in self.control.list_jobs(limit=999))

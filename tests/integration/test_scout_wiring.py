@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from signing_kit import KEY, policy, rules, signed
 
 from casparian_flow.db import rejections, wiring
 from casparian_flow.db.inventory import begin_scan, finish_scan, record_chunk
@@ -13,10 +14,12 @@ from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
 from casparian_flow.domain.jobs import JobStatus, JournalKind
 from casparian_flow.domain.records import Record
-from casparian_flow.sentinel.api import FileFinding, Row, ScanReport
+from casparian_flow.sentinel.api import ControlApi, FileFinding, Row, ScanReport
 from casparian_flow.sentinel.control import connect
 from casparian_flow.services import architect
-from casparian_flow.services.publisher import publish
+from casparian_flow.services.publisher import build
+from casparian_flow.services.publisher import signed as signed_by
+from casparian_flow.trust.bundle import pack
 
 HANDLER = "class Handler(BasePlugin):\n    pass\n"
 LOCK = (Path(__file__).parent.parent / "data" / "excel_reader.uv.lock").read_text()
@@ -38,14 +41,9 @@ class Wires:
         self.root = int(add_source(self.ledger, "/data", now_us=T0)["id"])
 
     def deploy(self, arguments: str, version: str = "1.0.0", name: str = "p", **more: str) -> Row:
-        return architect.deploy(
-            self.ledger,
-            plugin_name=name,
-            version=version,
-            source_code=source(arguments),
-            now_us=T0,
-            **more,
-        )
+        bundle = signed(source(arguments), name, version, **more)
+        verdict = policy().check(bundle, deployed_at_us=T0)
+        return architect.deploy(self.ledger, bundle, verdict, now_us=T0)
 
     def rules(self) -> list[tuple[str, str, int, str]]:
         return [
@@ -114,7 +112,6 @@ def test_a_deploy_wires_the_plugin_whole(wires: Wires) -> None:
     row = wires.deploy(
         'pattern="*.csv", topic="sales", priority=70, subscriptions=["csv"], parameters={"a": 1}',
         lockfile=LOCK,
-        publisher="ann",
     )
     assert (row["plugin_id"], row["unchanged"]) == (1, False)
     assert row["message"] == "deployed p 1.0.0"
@@ -126,7 +123,7 @@ def test_a_deploy_wires_the_plugin_whole(wires: Wires) -> None:
     assert (spec.parameters_json, spec.lockfile) == ('{"a":1}', LOCK)
     assert spec.env_hash
     assert [s.uri for s in spec.sinks] == ["parquet://sales"]
-    assert [p["name"] for p in wires.ledger.query("SELECT name FROM cf_publisher")] == ["ann"]
+    assert [p["name"] for p in wires.ledger.query("SELECT name FROM cf_publisher")] == ["tests"]
 
 
 def test_a_failed_deploy_records_nothing(wires: Wires) -> None:
@@ -381,11 +378,16 @@ def test_publishing_takes_name_version_and_lock_from_beside_the_file(tmp_path: P
     file = tmp_path / "my_plugin.py"
     file.write_bytes(source('pattern="*.csv", topic="t", version="1.2"').encode() + b"# \r\n")
     (tmp_path / "uv.lock").write_text(LOCK)
-    with connect(tmp_path / "ledger.duckdb") as control:
-        row = publish(control, file, publisher="ann")
+
+    def publish(control: ControlApi, **given: str) -> Row:
+        bundle = signed_by(build(file, **given), KEY, publisher="ann", now_us=T0)
+        return control.deploy(pack(bundle))
+
+    with connect(tmp_path / "ledger.duckdb", trust=rules) as control:
+        row = publish(control)
         assert (row["plugin"], row["version"]) == ("my_plugin", "1.2")
-        assert publish(control, file)["unchanged"]
-        assert publish(control, file, version="1.3", name="other")["plugin"] == "other"
+        assert publish(control)["unchanged"]
+        assert publish(control, version="1.3", name="other")["plugin"] == "other"
         versions = {(r["plugin_name"], r["version"]) for r in control.list_plugins()}
     assert versions == {("my_plugin", "1.2"), ("other", "1.3")}
 
@@ -404,9 +406,7 @@ def test_publishing_refuses_what_cannot_be_deployed(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with connect(tmp_path / "ledger.duckdb") as control:
-        with pytest.raises(UsageError, match=message):
-            publish(control, tmp_path / name)
-        with pytest.raises(UsageError, match="no file"):
-            publish(control, tmp_path / "missing.py")
-        assert control.list_plugins() == []
+    with pytest.raises(UsageError, match=message):
+        build(tmp_path / name)
+    with pytest.raises(UsageError, match="no file"):
+        build(tmp_path / "missing.py")

@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import pytest
 from scripted_worker import ScriptedWorker, job_of, seed
+from signing_kit import lax_rules, rules, signed_bundle
 
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.errors import (
@@ -41,7 +42,11 @@ class Handler(BasePlugin):
 
 
 def running(database: Path, **config: Any) -> Iterator[Sentinel]:
-    settings: dict[str, Any] = {"bind_address": "tcp://127.0.0.1:*", "drain_s": 0.0}
+    settings: dict[str, Any] = {
+        "bind_address": "tcp://127.0.0.1:*",
+        "drain_s": 0.0,
+        "trust": lax_rules,
+    }
     sentinel = Sentinel(SentinelConfig(database=database, **(settings | config)))
     thread = threading.Thread(target=sentinel.run)
     thread.start()
@@ -66,7 +71,7 @@ def control(request: pytest.FixtureRequest, database: Path) -> Iterator[ControlC
                 assert isinstance(client, RemoteControl)
                 yield client
         return
-    with connect(database) as client:
+    with connect(database, trust=rules) as client:
         assert isinstance(client, LocalControl)
         yield client
 
@@ -85,7 +90,7 @@ def scan(control: ControlApi, root_id: int, *findings: FileFinding) -> int:
 
 
 def deploy(control: ControlApi, version: str = "1.0.0", source: str = PLUGIN) -> dict[str, Any]:
-    return control.deploy(plugin_name="sales", version=version, source_code=source)
+    return control.deploy(signed_bundle(source, "sales", version))
 
 
 def test_a_file_found_after_a_deploy_becomes_a_job(control: ControlClient, tmp_path: Path) -> None:
@@ -283,11 +288,13 @@ def test_a_topic_s_new_sink_reaches_workers_with_the_next_job(database: Path) ->
 def test_deploy_and_reload_are_taken_from_the_wire_on_loopback(database: Path) -> None:
     for sentinel in running(database):
         with ScriptedWorker(sentinel.bind_address) as client:
-            client.send(m.Deploy("sales", "1.0.0", PLUGIN, publisher_name="ann"))
+            client.send(m.Deploy(signed_bundle(PLUGIN, "sales")))
             ack = client.expect(m.Ack)
             assert (ack.success, ack.plugin_id) == (True, 1)
-            client.send(m.Deploy("sales", "1.0.0", "import os"))
+            client.send(m.Deploy(signed_bundle("import os", "sales")))
             assert not client.expect(m.Ack).success
+            client.send(m.Deploy(b"no bundle"))
+            assert "no plugin bundle" in client.expect(m.Ack).message
             client.send(m.Reload())
             assert client.expect(m.Ack).success
         with connect(database) as control:
@@ -297,7 +304,7 @@ def test_deploy_and_reload_are_taken_from_the_wire_on_loopback(database: Path) -
 def test_deploy_from_the_wire_is_refused_where_it_is_not_allowed(database: Path) -> None:
     for sentinel in running(database, wire_deploy=False):
         with ScriptedWorker(sentinel.bind_address) as client:
-            client.send(m.Deploy("sales", "1.0.0", PLUGIN))
+            client.send(m.Deploy(signed_bundle(PLUGIN, "sales")))
             error = client.expect(m.Err)
             assert (error.code, "control socket" in error.message) == ("refused", True)
         with connect(database) as control:

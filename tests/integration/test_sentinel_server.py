@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from scripted_worker import ScriptedWorker, job_of, seed
+from signing_kit import lax_rules
 
 from casparian_flow.domain.errors import (
     ConfigError,
@@ -49,6 +50,7 @@ class Place:
         settings: dict[str, Any] = {
             "bind_address": "tcp://127.0.0.1:*",
             "database": self.database,
+            "trust": lax_rules,
         }
         sentinel = Sentinel(SentinelConfig(**(settings | FAST | config)))
         self._sentinel = sentinel
@@ -456,13 +458,15 @@ def test_a_peer_that_never_reads_does_not_stop_the_others(place: Place) -> None:
 
 # -- restarts ------------------------------------------------------------------------------------
 
-CHILD = """
+CHILD = f"""
     import sys
+    sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+    from signing_kit import lax_rules
     from casparian_flow.sentinel import Sentinel, SentinelConfig
     import threading
     sentinel = Sentinel(SentinelConfig(
         bind_address=sys.argv[2], database=sys.argv[1], lease_ttl_s=3, heartbeat_s=0.3,
-        drain_s=0.0))
+        drain_s=0.0, trust=lax_rules))
     def tell():
         assert sentinel.wait_started(20)
         print(sentinel.bind_address, flush=True)

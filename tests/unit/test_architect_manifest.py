@@ -2,8 +2,10 @@
 
 import contextlib
 import random
+from dataclasses import replace
 
 import pytest
+from signing_kit import SIGNER, WALL_US, policy, signed
 
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.sdk import PluginMetadata
@@ -15,6 +17,8 @@ from casparian_flow.services.manifest import (
     read_manifest,
 )
 from casparian_flow.trust.artifact import artifact_hash, release_json
+from casparian_flow.trust.errors import UntrustedError
+from casparian_flow.trust.policy import TrustPolicy
 
 HEAD = "from casparian_flow.sdk import BasePlugin, PluginMetadata\n"
 HANDLER = "class Handler(BasePlugin):\n    pass\n"
@@ -173,15 +177,20 @@ def test_the_artifact_hash_is_the_documented_one() -> None:
     )
 
 
-def test_an_artifact_hash_that_does_not_match_is_refused() -> None:
-    source = plugin('pattern="*"')
-    good = prepare(plugin="p", version="1.0.0", source_code=source)
-    again = prepare(
-        plugin="p", version="1.0.0", source_code=source, expected_hash=good.artifact_hash
-    )
-    assert again == good
-    with pytest.raises(UsageError, match="does not match its bytes"):
-        prepare(plugin="p", version="1.0.1", source_code=source, expected_hash=good.artifact_hash)
+def test_only_what_a_policy_lets_pass_becomes_a_release() -> None:
+    bundle = signed(plugin('pattern="*"'), "p")
+    verdict = policy().check(bundle, deployed_at_us=WALL_US)
+    release = prepare(bundle, verdict)
+    assert (release.plugin, release.signer, release.publisher) == ("p", SIGNER, SIGNER)
+    with pytest.raises(UntrustedError, match="not signed"):
+        prepare(bundle, TrustPolicy().check(replace(bundle, envelope=b""), deployed_at_us=WALL_US))
+
+
+def test_a_version_that_is_not_in_its_normal_form_is_refused() -> None:
+    bundle = signed(plugin('pattern="*"'), "p", "v1.0")
+    with pytest.raises(UsageError, match="normal form") as caught:
+        prepare(bundle, policy().check(bundle, deployed_at_us=WALL_US))
+    assert "1.0" in caught.value.hint
 
 
 def test_topics_without_a_sink_get_the_wildcards_or_a_parquet_one() -> None:

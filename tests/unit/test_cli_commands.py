@@ -5,6 +5,7 @@ code. The control plane itself is not tested here; tests/acceptance runs the rea
 """
 
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from casparian_flow.cli.app import run
 from casparian_flow.cli.context import App
+from casparian_flow.config import load_settings
 from casparian_flow.domain.errors import ConflictError, LedgerLockedError, NotFoundError
 from casparian_flow.sentinel.control import ControlClient
 
@@ -160,10 +162,24 @@ def test_init_makes_a_configuration_and_folders_and_never_overwrites(
     assert done.code == 0
     assert (tmp_path / "inbox").is_dir()
     assert "casparian source add inbox" in done.out
-    (tmp_path / "global_config.toml").write_text("[worker]\nslots = 3\n")
-    again = casparian("init", "-o", "json")
-    assert again.json["made"] == []
-    assert "slots = 3" in (tmp_path / "global_config.toml").read_text()
+    assert casparian("init", "-o", "json").json["made"] == []
+    (tmp_path / "global_config.toml").write_text("# mine\n[worker]\nslots = 3\n")
+    casparian("init")
+    config = (tmp_path / "global_config.toml").read_text()
+    assert config.startswith("# mine\n[worker]\nslots = 3\n")
+    assert load_settings(tmp_path / "global_config.toml").trust.allowed_signers == ("local",)
+    assert casparian("init", "-o", "json").json["made"] == []
+
+
+def test_init_makes_a_key_that_only_its_owner_may_read(
+    casparian: Casparian, tmp_path: Path
+) -> None:
+    casparian("init")
+    key = tmp_path / "keys" / "local.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    before = key.read_bytes()
+    casparian("init")
+    assert key.read_bytes() == before
 
 
 def test_what_init_writes_is_a_valid_configuration(casparian: Casparian, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from casparian_flow.protocol import frames, limits
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import MESSAGE_OF, OP_OF, decode, decode_all, encode
 from casparian_flow.protocol.frames import HEADER, Frame, Op, pack, pack_batch, unpack
+from casparian_flow.protocol.limits import BUNDLE_BYTES_MAX
 
 TOKEN = "7f3ac91e-4-1042-2"
 ENTRY = OutputEntry(
@@ -53,7 +54,7 @@ EXAMPLES: list[m.Message] = [
     m.Recover(TOKEN, (ENTRY,)),
     m.Err("what", "malformed"),
     m.Reload(),
-    m.Deploy("sales", "1.0", "code"),
+    m.Deploy(b"\x00bundle\xff"),
     m.Ack(success=True, message="ok", plugin_id=3, details={"topics": ["x"]}),
     m.Stages([TOKEN]),
     m.Discard([TOKEN]),
@@ -197,7 +198,7 @@ OVERSIZE: list[tuple[m.Message, str]] = [
     (m.Conclude("t" * 256, "SUCCESS"), "token"),
     (m.Stage(TOKEN, (ENTRY,) * 16_385), "entries"),
     (m.Stages(["t"] * 65_537), "tokens"),
-    (m.Deploy("p" * 256, "1", ""), "plugin_name"),
+    (m.Deploy(bytes(BUNDLE_BYTES_MAX + 1)), "bundle"),
 ]
 
 

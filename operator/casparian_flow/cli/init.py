@@ -34,15 +34,27 @@ Next:
   casparian start                                 run everything; Ctrl-C stops it"""
 
 
+def _make_key(config: Path) -> list[str]:
+    """See to it that a first publish can be signed, and is trusted here."""
+    from casparian_flow.config import load_settings
+    from casparian_flow.services.trust_file import ensure_own_key, key_file
+
+    settings = load_settings(config)
+    if not ensure_own_key(settings):
+        return []
+    return [str(key_file(settings))]
+
+
 @click.command()
 @click.argument("folder", default=".", type=click.Path(path_type=Path, file_okay=False))
 @output_option
 @pass_app
 def init(app: App, folder: Path) -> None:
-    """Make a configuration file and folders.
+    """Make a configuration file, folders and a key.
 
     They are made in FOLDER, by default here. What is there already stays as it is, so this may be
-    run again at any time.
+    run again at any time. The key signs what is published here, and is trusted here; a
+    configuration that trusts somebody already is left alone.
 
     \b
     Example:
@@ -61,6 +73,7 @@ def init(app: App, folder: Path) -> None:
             made.append(str(config))
         except FileExistsError:
             pass  # never overwritten: it is the user's
+        made += _make_key(config)
     except OSError as error:
         raise UsageError(
             f"{error.filename}: {error.strerror}", hint="Choose a folder that you may write to."

@@ -66,9 +66,16 @@ def publish(app: App, file: Path, version: str, name: str, publisher: str) -> No
     Example:
       casparian publish my_plugin.py --version 1.0.0
     """
-    from casparian_flow.services.publisher import publish as publish_plugin
+    from casparian_flow.domain.clock import SystemClock
+    from casparian_flow.services.publisher import build, signed
+    from casparian_flow.services.trust_file import key_file
+    from casparian_flow.trust.bundle import pack
+    from casparian_flow.trust.keys import load_private
 
-    row = publish_plugin(app.control, file, version=version, name=name, publisher=publisher)
+    bundle = build(file, version=version, name=name)
+    key = load_private(key_file(app.settings))
+    now_us = SystemClock().now().wall_us
+    row = app.control.deploy(pack(signed(bundle, key, publisher=publisher, now_us=now_us)))
     show_data(app, row, str(row.get("message", "published")))
 
 

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar
@@ -115,6 +116,7 @@ class Ledger:
         path: the file, None in memory.
         must_reopen: after a failure whose outcome is unknown; call `reopen`.
         limits: what a plugin run may use, for `plugin_specs`; the owner may set others.
+        screen: says of a plugin version why it may not run, "" if it may; the owner sets it.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Ledger:
         self.epoch = 0
         self.must_reopen = False
         self.limits = Limits()
+        self.screen: Callable[[PluginSpec], str] = _pass_all
         self._clock = clock
         self._create = create
         self._lock = threading.RLock()
@@ -419,7 +422,8 @@ class Ledger:
     def plugin_specs(self, limits: Limits | None = None) -> list[PluginSpec]:
         """Every ACTIVE plugin version with its wiring; `refused` says which may not run."""
         with self._lock:
-            return loading.load_plugin_specs(self._connection, limits or self.limits)
+            specs = loading.load_plugin_specs(self._connection, limits or self.limits)
+        return [replace(spec, refused=self.screen(spec)) for spec in specs]
 
     def commit(self, batch: Sequence[BatchItem]) -> list[GrantOutcome]:
         """Make a tick's items durable together; nothing of a failed batch is.
@@ -986,6 +990,11 @@ _OWN_FAULTS = (
     duckdb.NotSupportedError,
 )
 """Wrong SQL or data: shown as they are, for the disk has nothing to do with them."""
+
+
+def _pass_all(_: PluginSpec) -> str:
+    """The screen of a ledger whose owner hands no plugin to anybody."""
+    return ""
 
 
 class _OutputTakenError(Exception):

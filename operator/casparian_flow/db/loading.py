@@ -275,7 +275,8 @@ def load_plugin_specs(connection: duckdb.DuckDBPyConnection, limits: Limits) -> 
         """
         SELECT m.id, m.plugin_name, m.version, m.artifact_hash, m.source_code,
                coalesce(m.env_hash, ''), coalesce(e.lockfile_content, ''),
-               coalesce(c.default_parameters, '{}')
+               coalesce(c.default_parameters, '{}'), coalesce(m.manifest_json, ''),
+               coalesce(m.envelope, ''), coalesce(epoch_us(m.deployed_at), 0)
         FROM cf_plugin_manifest m
         LEFT JOIN cf_plugin_environment e ON e.hash = m.env_hash
         LEFT JOIN cf_plugin_config c ON c.plugin_name = m.plugin_name
@@ -286,7 +287,8 @@ def load_plugin_specs(connection: duckdb.DuckDBPyConnection, limits: Limits) -> 
     ).fetchall()
     sinks = _topic_sinks(connection)
     specs = []
-    for manifest_id, plugin, version, artifact, source, env_hash, lockfile, given in rows:
+    for row in rows:
+        manifest_id, plugin, version, artifact, source, env_hash, lockfile, given = row[:8]
         parameters = _canonical_object(given)
         if parameters is None:
             log.error("plugin %s is left out: its default_parameters are no JSON object", plugin)
@@ -304,6 +306,9 @@ def load_plugin_specs(connection: duckdb.DuckDBPyConnection, limits: Limits) -> 
             parameters_json=parameters,
             parameters_hash=parameters_hash(parameters),
             limits=limits,
+            manifest_json=row[8],
+            envelope=row[9],
+            deployed_at_us=row[10],
         )
         digest = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
         specs.append(replace(spec, spec_id=digest))

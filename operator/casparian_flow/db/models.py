@@ -425,7 +425,10 @@ class PluginManifest(Base):
     source_code: Mapped[str]
     source_hash: Mapped[str]
     status: Mapped[str] = mapped_column(default=PluginStatus.PENDING)
-    signature: Mapped[str | None]
+    envelope: Mapped[str | None]
+    """The signature as it was deployed; None for an unsigned version."""
+    signer: Mapped[str | None]
+    key_id: Mapped[str | None]
     validation_error: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=_utc_now)
     deployed_at: Mapped[datetime | None]
@@ -434,6 +437,9 @@ class PluginManifest(Base):
     publisher_id: Mapped[int | None]
     system_requirements: Mapped[str | None]
     manifest_json: Mapped[str | None]
+    """The exact text that was signed with source and lock file."""
+    wiring_json: Mapped[str | None]
+    """What its MANIFEST declares, for the next version's deploy to compare with."""
 
 
 class LibraryWhitelist(Base):

@@ -250,7 +250,9 @@ TABLES: dict[str, str] = {
         source_code VARCHAR NOT NULL,
         source_hash VARCHAR NOT NULL,
         status VARCHAR NOT NULL DEFAULT 'PENDING' {_one_of("status", PluginStatus)},
-        signature VARCHAR,
+        envelope VARCHAR,
+        signer VARCHAR,
+        key_id VARCHAR,
         validation_error VARCHAR,
         created_at TIMESTAMP NOT NULL,
         deployed_at TIMESTAMP,
@@ -259,6 +261,7 @@ TABLES: dict[str, str] = {
         publisher_id BIGINT,
         system_requirements VARCHAR,
         manifest_json VARCHAR,
+        wiring_json VARCHAR,
         UNIQUE (plugin_name, version, artifact_hash)
     """,
     "cf_library_whitelist": """

@@ -85,6 +85,10 @@ class Release:
     artifact_hash: str
     publisher: str
     declared: Declared
+    manifest_json: str = ""
+    envelope: str = ""
+    signer: str = ""
+    key_id: str = ""
 
 
 _declared = msgspec.json.Decoder(Declared)
@@ -163,7 +167,7 @@ def _unchanged(connection: Connection, release: Release, existing: tuple[int, st
 def _active(connection: Connection, plugin: str) -> tuple[str, Declared] | None:
     """Version and declaration of the plugin's newest version so far."""
     row = connection.execute(
-        f"SELECT version, manifest_json FROM {_MANIFEST} WHERE plugin_name = $1 "
+        f"SELECT version, wiring_json FROM {_MANIFEST} WHERE plugin_name = $1 "
         "AND status IN ('ACTIVE', 'SUPERSEDED') ORDER BY status = 'ACTIVE' DESC, id DESC LIMIT 1",
         [plugin],
     ).fetchone()
@@ -189,9 +193,10 @@ def _insert_manifest(ledger: Ledger, connection: Connection, release: Release, n
     connection.execute(
         f"""
         INSERT INTO {_MANIFEST} (id, plugin_name, version, source_code, source_hash, status,
-            created_at, deployed_at, env_hash, artifact_hash, publisher_id, manifest_json)
+            created_at, deployed_at, env_hash, artifact_hash, publisher_id, wiring_json,
+            manifest_json, envelope, signer, key_id)
         VALUES ($1, $2, $3, $4, $5, 'ACTIVE', make_timestamp($6), make_timestamp($6), $7, $8, $9,
-            $10)
+            $10, $11, $12, $13, $14)
         """,
         [
             manifest_id,
@@ -204,6 +209,10 @@ def _insert_manifest(ledger: Ledger, connection: Connection, release: Release, n
             release.artifact_hash,
             publisher_id,
             _encode(release.declared).decode(),
+            release.manifest_json,
+            release.envelope or None,
+            release.signer or None,
+            release.key_id or None,
         ],
     )
     return manifest_id
@@ -397,6 +406,7 @@ def list_plugins(connection: Connection) -> list[Row]:
         f"""
         SELECT m.id, m.plugin_name, m.version, m.status, m.artifact_hash, m.env_hash,
                m.deployed_at, m.created_at, m.validation_error, p.name AS publisher,
+               m.signer, m.key_id,
                c.subscription_tags, c.default_parameters, coalesce(h.paused, false) AS paused,
                coalesce(h.reason, '') AS pause_reason,
                coalesce(h.consecutive_failures, 0) AS consecutive_failures

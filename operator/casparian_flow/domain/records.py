@@ -89,6 +89,10 @@ class PluginSpec:
         spec_id: digest of everything below; equal ids mean equal specs.
         lockfile: text of uv.lock, "" to run in the worker's own environment.
         parameters_json: canonical JSON object handed to `configure`.
+        manifest_json, envelope: what was signed with the source, and the signature; the envelope is
+            "" where there is none.
+        deployed_at_us: when the deploy was recorded, microseconds since the epoch.
+        refused: why the version may not run, "" if it may; never sent to a worker.
     """
 
     spec_id: str
@@ -103,6 +107,10 @@ class PluginSpec:
     parameters_json: str = "{}"
     parameters_hash: str = ""
     limits: Limits = field(default_factory=Limits)
+    manifest_json: str = ""
+    envelope: str = ""
+    deployed_at_us: int = 0
+    refused: str = ""
 
 
 @dataclass(slots=True)

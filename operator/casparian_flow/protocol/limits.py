@@ -29,6 +29,8 @@ SANDBOX_MAX = 64
 METRICS_MAX = 256
 ENTRIES_MAX = 16_384
 TOKENS_MAX = 65_536
+BUNDLE_BYTES_MAX = 6 * 1024 * 1024
+"""Holds the largest plugin bundle (docs/artifact.md)."""
 
 
 def bound(message: m.Message) -> None:
@@ -143,9 +145,8 @@ def _tokens(message: Any) -> None:
 
 
 def _deploy(message: m.Deploy) -> None:
-    for field in ("plugin_name", "version", "artifact_hash", "publisher_name"):
-        _text(field, getattr(message, field))
-    _text("publisher_email", message.publisher_email or "")
+    if len(message.bundle) > BUNDLE_BYTES_MAX:
+        raise ProtocolError(f"bundle has {len(message.bundle)} bytes, at most {BUNDLE_BYTES_MAX}")
 
 
 _CHECKS: dict[type[Any], Callable[[Any], None]] = {

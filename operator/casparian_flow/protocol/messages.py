@@ -55,7 +55,12 @@ class Welcome:
 
 @dataclass(slots=True)
 class Plugin:
-    """S→W: a plugin spec, sent once per worker before the first DISPATCH that names it."""
+    """S→W: a plugin spec, sent once per worker before the first DISPATCH that names it.
+
+    Attributes:
+        manifest_json, envelope: what was signed with source and lockfile, and the signature.
+        deployed_at_us: when the Sentinel recorded the deploy; keys are judged by it.
+    """
 
     spec_id: str
     plugin_name: str
@@ -68,6 +73,9 @@ class Plugin:
     parameters_json: str
     parameters_hash: str
     limits: Limits
+    manifest_json: str = ""
+    envelope: str = ""
+    deployed_at_us: int = 0
 
 
 @dataclass(slots=True)
@@ -199,15 +207,9 @@ class Reload:
 
 @dataclass(slots=True)
 class Deploy:
-    """C→S: store this plugin version and wire it."""
+    """C→S: store this plugin version and wire it. `bundle` is a `.casparian` file's content."""
 
-    plugin_name: str
-    version: str
-    source_code: str
-    lockfile_content: str = ""
-    artifact_hash: str = ""
-    publisher_name: str = ""
-    publisher_email: str | None = None
+    bundle: bytes
 
 
 @dataclass(slots=True)

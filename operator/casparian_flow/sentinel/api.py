@@ -190,17 +190,11 @@ class ControlApi(Protocol):
         """{root_id, rel_path} that a job found changed; each is handed out once."""
 
     # -- wiring
-    def deploy(
-        self,
-        *,
-        plugin_name: str,
-        version: str,
-        source_code: str,
-        lockfile: str = "",
-        artifact_hash: str = "",
-        publisher: str = "",
-    ) -> Row:
-        """{plugin_id, message, unchanged, rule, topics, subscriptions}."""
+    def deploy(self, bundle: bytes) -> Row:
+        """Check a plugin bundle's signature, hash, source and MANIFEST; record and wire it.
+
+        Returns {plugin_id, message, unchanged, rule, topics, subscriptions}.
+        """
 
     def list_plugins(self) -> list[Row]: ...
 

@@ -53,6 +53,8 @@ from casparian_flow.sentinel.ready_queue import ReadyQueue
 
 MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
+REFUSED = "not trusted: "
+"""Begins the reason of a pause that ends by itself when the version is trusted again."""
 OBSERVATIONS_MAX = 10_000
 PLUGIN_FAULTS = frozenset(
     {
@@ -177,9 +179,9 @@ class Broker:
         """
         require(not self.jobs, "a broker is restored once")
         self.ledger_id, self.epoch = state.ledger_id, state.epoch
-        self._set_specs(state.plugins)
         for health in state.health:
             self.queue.lane(health.plugin).health = health
+        self._set_specs(state.plugins, now)
         specs = {spec.manifest_id: spec for spec in state.plugins}
         for job in state.active:
             self.jobs[job.job_id] = job
@@ -858,14 +860,28 @@ class Broker:
             else:
                 self.queue.push(job)
 
-    def _plugins_changed(self, event: e.PluginsChanged, _: Now) -> None:
-        self._set_specs(event.specs)
+    def _plugins_changed(self, event: e.PluginsChanged, now: Now) -> None:
+        self._set_specs(event.specs, now)
 
-    def _set_specs(self, specs: Sequence[PluginSpec]) -> None:
+    def _set_specs(self, specs: Sequence[PluginSpec], now: Now) -> None:
         for lane in self.queue.lanes.values():
             lane.spec = None
         for spec in specs:
-            self.queue.lane(spec.plugin).spec = spec
+            lane = self.queue.lane(spec.plugin)
+            if spec.refused:
+                self._pause_refused(lane.health, spec.refused, now)
+                continue
+            lane.spec = spec
+            if lane.health.paused and lane.health.reason.startswith(REFUSED):
+                lane.health = Health(spec.plugin)
+                self._write_health(lane.health, now)
+
+    def _pause_refused(self, health: Health, refused: str, now: Now) -> None:
+        """Show why it does not run; what somebody else has paused keeps that reason."""
+        reason = f"{REFUSED}{refused}"[:MESSAGE_CHARS_MAX]
+        if not health.paused or (health.reason.startswith(REFUSED) and health.reason != reason):
+            health.paused, health.reason = True, reason
+            self._write_health(health, now)
 
     # -- small helpers ----------------------------------------------------------------------
 
@@ -1005,6 +1021,9 @@ def _plugin_message(spec: PluginSpec) -> m.Plugin:
         spec.parameters_json,
         spec.parameters_hash,
         spec.limits,
+        spec.manifest_json,
+        spec.envelope,
+        spec.deployed_at_us,
     )
 
 

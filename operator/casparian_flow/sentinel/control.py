@@ -10,6 +10,7 @@ process and carries the same operations out here, so that a command works either
 import itertools
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
@@ -41,6 +42,7 @@ from casparian_flow.sentinel.control_codec import (
 
 if TYPE_CHECKING:
     from casparian_flow.config import Settings
+    from casparian_flow.trust.rules import TrustRules, TrustSource
 
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_S = 60.0
@@ -296,6 +298,7 @@ def connect(
     control_address: str = "",
     timeout_s: float | None = None,
     clock: Clock | None = None,
+    trust: "TrustSource | None" = None,
 ) -> ControlClient:
     """The control plane of a ledger: the Sentinel that owns it, else the ledger opened here.
 
@@ -303,6 +306,8 @@ def connect(
         target: the ledger's file, or settings that name it and the control socket.
         control_address: where the Sentinel listens, if not beside the ledger.
         timeout_s: of every call to a Sentinel; None = by operation.
+        trust: by which deploys are judged if the ledger is opened here; None = what the settings
+            say, and nobody where a file is given.
 
     Raises:
         LedgerLockedError: some process has the ledger open and answers to nobody.
@@ -313,6 +318,7 @@ def connect(
     else:
         database = target.database.db_location
         address = control_address or target.sentinel.control_address
+        trust = trust or partial(_rules_of, target)
     clock = clock or SystemClock()
     deadline = clock.now().mono + START_WAIT_S
     while True:
@@ -323,7 +329,7 @@ def connect(
         except SentinelUnreachableError:
             client.close()
         try:
-            return _open_here(database, clock)
+            return _open_here(database, clock, trust)
         except LedgerLockedError:
             # A Sentinel that is just starting or stopping holds the ledger without answering.
             if clock.now().mono >= deadline:
@@ -331,8 +337,15 @@ def connect(
         threading.Event().wait(START_POLL_S)
 
 
-def _open_here(database: str | Path, clock: Clock) -> ControlClient:
+def _open_here(database: str | Path, clock: Clock, trust: "TrustSource | None") -> ControlClient:
     # Only here are duckdb and all that comes with it needed.
     from casparian_flow.sentinel.local import LocalControl
+    from casparian_flow.trust.rules import nobody
 
-    return LocalControl.open(database, clock=clock)
+    return LocalControl.open(database, clock=clock, trust=trust or nobody)
+
+
+def _rules_of(settings: "Settings") -> "TrustRules":
+    from casparian_flow.config_trust import rules_of
+
+    return rules_of(settings.trust)

@@ -56,6 +56,9 @@ from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.loop import CoreLoop, fail, settle
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
 from casparian_flow.services import architect
+from casparian_flow.trust.bundle import unpack
+from casparian_flow.trust.errors import UntrustedError
+from casparian_flow.trust.rules import TrustSource, nobody
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class ControlPlane:
         database: where the ledger is; snapshots go beside it.
         bind_address: where workers connect, "" if no Sentinel serves any.
         stop: ends the Sentinel; None if there is none.
+        trust: the rules by which deploys are judged.
         allow_self_approval: whether who asked for something may also approve it.
 
     Attributes:
@@ -102,6 +106,7 @@ class ControlPlane:
         clock: Clock,
         bind_address: str = "",
         stop: Callable[[], None] | None = None,
+        trust: TrustSource = nobody,
         allow_self_approval: bool = True,
     ) -> None:
         self._loop = loop
@@ -109,6 +114,7 @@ class ControlPlane:
         self._clock = clock
         self._bind_address = bind_address
         self._stop = stop
+        self._trust = trust
         self._started_us = clock.now().wall_us
         self.storage = ApiStorage(door=loop, clock=clock, allow_self_approval=allow_self_approval)
         self.api: ApiClient = self.storage
@@ -441,42 +447,28 @@ class ControlPlane:
 
     # -- wiring ---------------------------------------------------------------------------------
 
-    def deploy(
-        self,
-        *,
-        plugin_name: str,
-        version: str,
-        source_code: str,
-        lockfile: str = "",
-        artifact_hash: str = "",
-        publisher: str = "",
-    ) -> Row:
+    def deploy(self, bundle: bytes) -> Row:
         # Reading somebody's source takes its time; the ledger's thread is not the place for it.
+        given, now_us = unpack(bundle), self._now_us()
         try:
-            release = architect.prepare(
-                plugin=plugin_name,
-                version=version,
-                source_code=source_code,
-                lockfile=lockfile,
-                expected_hash=artifact_hash,
-                publisher=publisher,
-            )
-        except UsageError as refusal:
+            rules = self._trust()
+            verdict = rules.policy.check(given, deployed_at_us=now_us)
+            release = architect.prepare(given, verdict)
+            rules.require_source(given.source, f"{given.name}.py")
+        except (UsageError, UntrustedError) as refusal:
             error = str(refusal)
             self._write(
                 lambda ledger: rejections.record(
                     ledger,
-                    plugin=plugin_name,
-                    version=version,
-                    source_code=source_code,
+                    plugin=given.name,
+                    version=given.version,
+                    source_code=given.source,
                     error=error,
-                    now_us=self._now_us(),
+                    now_us=now_us,
                 )
             )
             raise
-        return self._rewire(
-            lambda ledger: wiring.record_release(ledger, release, now_us=self._now_us())
-        )
+        return self._rewire(lambda ledger: wiring.record_release(ledger, release, now_us=now_us))
 
     def reload(self) -> None:
         """Read the plugins and their wiring anew from the ledger."""

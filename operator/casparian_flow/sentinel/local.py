@@ -19,6 +19,7 @@ from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.events import Event
 from casparian_flow.sentinel.loop import CoreLoop
+from casparian_flow.trust.rules import TrustSource, nobody
 
 TURN_S = 0.5
 """Between turns that nothing asked for."""
@@ -30,10 +31,16 @@ class LocalControl(ControlPlane):
 
     Args:
         ledger: closed with this object.
+        trust: the rules by which deploys are judged.
     """
 
     def __init__(
-        self, ledger: Ledger, *, clock: Clock | None = None, limits: Limits | None = None
+        self,
+        ledger: Ledger,
+        *,
+        clock: Clock | None = None,
+        limits: Limits | None = None,
+        trust: TrustSource = nobody,
     ) -> None:
         clock = clock or SystemClock()
         ledger.limits = limits or ledger.limits
@@ -44,7 +51,7 @@ class LocalControl(ControlPlane):
             self._writer, lambda: Broker(BrokerConfig(), system_random()), clock
         )
         loop = CoreLoop(core, self._writer, self._changed.set)
-        super().__init__(loop, database=ledger.path or ":memory:", clock=clock)
+        super().__init__(loop, database=ledger.path or ":memory:", clock=clock, trust=trust)
         self._thread = threading.Thread(target=self._turn, name="local-control", daemon=True)
         core.start()
         self._thread.start()
@@ -56,6 +63,7 @@ class LocalControl(ControlPlane):
         *,
         clock: Clock | None = None,
         memory_limit_mb: int = MEMORY_LIMIT_MB,
+        trust: TrustSource = nobody,
     ) -> Self:
         """Raises:
         LedgerLockedError: another process has the ledger open.
@@ -63,7 +71,7 @@ class LocalControl(ControlPlane):
         """
         clock = clock or SystemClock()
         ledger = Ledger.open(Path(database), clock=clock, memory_limit_mb=memory_limit_mb)
-        return cls(ledger, clock=clock)
+        return cls(ledger, clock=clock, trust=trust)
 
     def _turn(self) -> None:
         try:

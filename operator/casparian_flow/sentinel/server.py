@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -43,9 +44,11 @@ from casparian_flow.sentinel.events import Drain, Send, Tick, WorkerMessage
 from casparian_flow.sentinel.loop import CoreLoop, MeteredWriter
 from casparian_flow.sentinel.metrics import SentinelMetrics, gauges_of, serve
 from casparian_flow.sentinel.paths import IN_MEMORY, control_address
+from casparian_flow.sentinel.screening import refusal
 from casparian_flow.sentinel.waker import Waker
 from casparian_flow.sentinel.wire_calls import WireCalls
 from casparian_flow.sentinel.worker_socket import WorkerSocket
+from casparian_flow.trust.rules import TrustSource, nobody
 
 if TYPE_CHECKING:
     # Settings bring pydantic along, which this process does without unless its caller has it.
@@ -81,6 +84,8 @@ class SentinelConfig:
         drain_s: how long `stop` waits for running jobs; what is left goes on after a restart.
         memory_limit_mb: mebibytes DuckDB may use for the ledger.
         limits: what one plugin run may use.
+        trust: the rules by which deploys and each load of a plugin are judged; by default nothing
+            is trusted.
         wire_deploy: whether DEPLOY and RELOAD are taken from the workers' socket; None = only
             while it is bound to this machine alone.
     """
@@ -99,6 +104,7 @@ class SentinelConfig:
     memory_limit_mb: int = MEMORY_LIMIT_MB
     limits: Limits = field(default_factory=Limits)
     wire_deploy: bool | None = None
+    trust: TrustSource = nobody
 
     def broker_config(self) -> BrokerConfig:
         """Raises:
@@ -188,6 +194,7 @@ class Sentinel:
             clock=self._clock,
             bind_address=self.bind_address,
             stop=self.stop,
+            trust=config.trust,
         )
         allowed = self._socket.is_local if config.wire_deploy is None else config.wire_deploy
         plane.remove_old_snapshots()
@@ -206,6 +213,7 @@ class Sentinel:
         else:
             ledger = self._await_lock(Path(self.config.database))
         ledger.limits = self.config.limits
+        ledger.screen = partial(refusal, self.config.trust)
         return ledger
 
     def _await_lock(self, path: Path) -> Ledger:
@@ -398,6 +406,8 @@ def run_sentinel(settings: "Settings") -> None:
 
 
 def config_of(settings: "Settings") -> SentinelConfig:
+    from casparian_flow.config_trust import trust_source
+
     own, worker = settings.sentinel, settings.worker
     return SentinelConfig(
         bind_address=own.bind_address,
@@ -417,4 +427,5 @@ def config_of(settings: "Settings") -> SentinelConfig:
             log_bytes=worker.log_kb * 1024,
             recycle_after=worker.recycle_after,
         ),
+        trust=trust_source(settings),
     )

@@ -77,14 +77,7 @@ class WireCalls:
         if not isinstance(message, m.Deploy):
             self._plane.reload()
             return m.Ack(success=True, message="wiring read anew")
-        row = self._plane.deploy(
-            plugin_name=message.plugin_name,
-            version=message.version,
-            source_code=message.source_code,
-            lockfile=message.lockfile_content,
-            artifact_hash=message.artifact_hash,
-            publisher=message.publisher_name,
-        )
+        row = self._plane.deploy(message.bundle)
         return m.Ack(
             success=True,
             message=str(row.get("message", "")),

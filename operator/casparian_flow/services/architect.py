@@ -15,56 +15,56 @@ from casparian_flow.services.manifest import (
     plugin_version,
     read_manifest,
 )
-from casparian_flow.trust.artifact import artifact_hash, environment_hash, release_json
+from casparian_flow.trust.artifact import environment_hash
+from casparian_flow.trust.bundle import Bundle
+from casparian_flow.trust.policy import Verdict
 
 MAX_PUBLISHER_CHARS = 200
 LOCAL_PUBLISHER = "local"
 _TAG_CHARS = 50
 
 
-def prepare(
-    *,
-    plugin: str,
-    version: str,
-    source_code: str,
-    lockfile: str = "",
-    expected_hash: str = "",
-    publisher: str = "",
-) -> Release:
+def prepare(bundle: Bundle, verdict: Verdict) -> Release:
     """Check everything about a plugin version that can be checked without running it.
 
     Args:
-        expected_hash: what the publisher computed, "" for not given.
+        verdict: what the trust policy said of this bundle; it must be favourable.
 
     Raises:
+        UntrustedError: the verdict is none that lets it pass.
         UsageError: what is wrong with it; nothing of it may be deployed.
     """
-    name, number = plugin_name(plugin), plugin_version(version)
-    manifest = read_manifest(source_code, f"{name}.py")
-    _check_lock(lockfile)
+    verdict.require()
+    name = plugin_name(bundle.name)
+    if plugin_version(bundle.version) != bundle.version:
+        raise UsageError(
+            f"version {bundle.version!r} is not in its normal form",
+            hint=f"Publish it as {plugin_version(bundle.version)}.",
+        )
+    manifest = read_manifest(bundle.source, f"{name}.py")
+    check_lock(bundle.lockfile)
+    publisher = verdict.publisher
     if len(publisher) > MAX_PUBLISHER_CHARS or not (publisher or "x").isprintable():
         raise UsageError("the publisher's name is too long or has control characters")
-    digest = artifact_hash(source_code, lockfile, release_json(name, number))
-    if expected_hash and expected_hash != digest:
-        raise UsageError(
-            f"the artifact hash of {name} {number} does not match its bytes: "
-            f"given {expected_hash[:16]}…, computed {digest[:16]}…",
-            hint="The source or the lock file changed after the hash was made; publish again.",
-        )
     return Release(
         plugin=name,
-        version=number,
-        source_code=source_code,
-        source_hash=hashlib.sha256(source_code.encode()).hexdigest(),
-        lockfile=lockfile,
-        env_hash=environment_hash(lockfile),
-        artifact_hash=digest,
+        version=bundle.version,
+        source_code=bundle.source,
+        source_hash=hashlib.sha256(bundle.source.encode()).hexdigest(),
+        lockfile=bundle.lockfile,
+        env_hash=environment_hash(bundle.lockfile),
+        artifact_hash=bundle.artifact_hash,
         publisher=publisher or LOCAL_PUBLISHER,
         declared=declare(name, manifest),
+        manifest_json=bundle.manifest_json,
+        envelope=bundle.envelope.decode("utf-8"),
+        signer=verdict.signer,
+        key_id=verdict.key_id,
     )
 
 
-def _check_lock(lockfile: str) -> None:
+def check_lock(lockfile: str) -> None:
+    """Raises UsageError for a lock file from which no worker could make an environment."""
     problems = lock_problems(lockfile) if lockfile else []
     if problems:
         raise UsageError(
@@ -105,30 +105,13 @@ def auto_tag(plugin: str) -> str:
     return f"{tag[: _TAG_CHARS - 13]}-{digest}"
 
 
-def deploy(
-    ledger: Ledger,
-    *,
-    plugin_name: str,
-    version: str,
-    source_code: str,
-    lockfile: str = "",
-    artifact_hash: str = "",
-    publisher: str = "",
-    now_us: int,
-) -> Row:
+def deploy(ledger: Ledger, bundle: Bundle, verdict: Verdict, *, now_us: int) -> Row:
     """Check a plugin version and record it with its wiring; see `wiring.record_release`.
 
     Raises:
+        UntrustedError: the verdict is none that lets it pass.
         UsageError: it cannot be deployed as it is; nothing is recorded.
         ConflictError: the version was deployed before with other bytes.
         LedgerUnavailableError: the commit failed; nothing is recorded.
     """
-    release = prepare(
-        plugin=plugin_name,
-        version=version,
-        source_code=source_code,
-        lockfile=lockfile,
-        expected_hash=artifact_hash,
-        publisher=publisher,
-    )
-    return record_release(ledger, release, now_us=now_us)
+    return record_release(ledger, prepare(bundle, verdict), now_us=now_us)

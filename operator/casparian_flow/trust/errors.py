@@ -31,3 +31,7 @@ class UntrustedError(CasparianError):
     def __init__(self, message: str, *, code: str, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.code = code
+
+
+class GatekeeperError(UsageError):
+    """A plugin's source does what the Gatekeeper's profile does not allow."""

@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from casparian_flow.trust.errors import KeyFileError
 
+PrivateKey = Ed25519PrivateKey
+PublicKey = Ed25519PublicKey
 PRIVATE_SUFFIX = ".key"
 PUBLIC_SUFFIX = ".pub"
 KEY_FILE_BYTES_MAX = 16_384
