@@ -14,8 +14,10 @@ from casparian_flow.db.models import Base
 from casparian_flow.domain.jobs import KIND_STATUS, CompletionStatus, JobStatus, JournalKind
 from casparian_flow.domain.outputs import OutputKind, OutputState, SinkMode
 from casparian_flow.domain.wiring import Origin, PluginStatus, SourceType, WorkerStatus
+from casparian_flow.protocol import ApprovalStatus, HttpJobStatus, HttpJobType
+from casparian_flow.protocol.http_types import EVENT_TYPES, OPERATION_TYPES
 
-MODELS = {mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers}
+MODELS = {mapper.class_.__table__.name: mapper.class_ for mapper in Base.registry.mappers}
 
 
 @pytest.fixture
@@ -87,6 +89,9 @@ def test_keys_are_those_of_the_database(database: duckdb.DuckDBPyConnection, tab
         ("cf_plugin_manifest", "status", PluginStatus),
         ("cf_source_root", "type", SourceType),
         ("cf_worker_node", "status", WorkerStatus),
+        ("cf_api_jobs", "job_type", HttpJobType),
+        ("cf_api_jobs", "status", HttpJobStatus),
+        ("cf_api_approvals", "status", ApprovalStatus),
     ],
 )
 def test_a_check_allows_exactly_the_enum(
@@ -99,6 +104,22 @@ def test_a_check_allows_exactly_the_enum(
     ).fetchall()
     (text,) = [row[0] for row in rows if "'" in row[0]]
     assert set(re.findall(r"'([^']*)'", text)) == {v.value for v in values}
+
+
+def test_events_and_operations_may_have_exactly_the_types_there_are(
+    database: duckdb.DuckDBPyConnection,
+) -> None:
+    for table, column, types in (
+        ("cf_api_events", "event_type", EVENT_TYPES),
+        ("cf_api_approvals", "operation_type", OPERATION_TYPES),
+    ):
+        rows = database.execute(
+            "SELECT constraint_text FROM duckdb_constraints() "
+            "WHERE table_name = ? AND constraint_type = 'CHECK' AND constraint_column_names = [?]",
+            [table, column],
+        ).fetchall()
+        (text,) = [row[0] for row in rows if "'" in row[0]]
+        assert set(re.findall(r"'([^']*)'", text)) == set(types)
 
 
 def test_every_column_named_for_a_state_has_a_check(database: duckdb.DuckDBPyConnection) -> None:
