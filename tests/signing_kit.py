@@ -5,9 +5,11 @@ The key is the same in every process, since what one has signed another may have
 
 import hashlib
 import textwrap
+from collections.abc import Iterable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from casparian_flow.domain.records import Sample
 from casparian_flow.trust.bundle import Bundle, make_bundle, pack
 from casparian_flow.trust.envelope import sign, statement_of
 from casparian_flow.trust.gatekeeper_lists import Profile
@@ -20,10 +22,14 @@ KEY = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"for tests only").dig
 
 
 def signed(
-    source: str, name: str = "under_test", version: str = "1.0.0", lockfile: str = ""
+    source: str,
+    name: str = "under_test",
+    version: str = "1.0.0",
+    lockfile: str = "",
+    samples: Iterable[Sample] = (),
 ) -> Bundle:
     """A plugin version signed with KEY; the source is dedented."""
-    bundle = make_bundle(name, version, textwrap.dedent(source), lockfile)
+    bundle = make_bundle(name, version, textwrap.dedent(source), lockfile, samples)
     statement = statement_of(bundle, publisher=SIGNER, now_us=WALL_US)
     return bundle.with_envelope(sign(statement, KEY))
 

@@ -282,11 +282,15 @@ def test_backfill_counts_first_and_lists_what_is_gone(wires: Wires) -> None:
 
 def test_backfill_is_per_plugin_version_and_force_raises_the_generation(wires: Wires) -> None:
     wires.deploy('pattern="*.csv"')
-    wires.see(("a.csv", "a"))
+    (first,) = wires.see(("a.csv", "a"))
     assert wiring.backfill(wires.ledger, "p", execute=False, now_us=T0)[0]["jobs"] == 0
     _, forced = wiring.backfill(wires.ledger, "p", execute=True, force=True, now_us=T0)
     assert [job.generation for job in forced] == [1]
     wires.deploy('pattern="*.csv"', "2.0.0")
+    # The queued jobs will run with the new version.
+    assert wiring.backfill(wires.ledger, "p", execute=False, now_us=T0)[0]["jobs"] == 0
+    for job_id in (first, int(forced[0].job_id)):
+        wires.skip(job_id, "superseded", T0)
     _, jobs = wiring.backfill(wires.ledger, "p", execute=True, now_us=T0)
     assert [(job.generation, job.manifest_id) for job in jobs] == [(0, 2)]
     with pytest.raises(NotFoundError):

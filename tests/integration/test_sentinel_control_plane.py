@@ -117,7 +117,7 @@ def test_a_plugin_deployed_later_gets_earlier_files_by_backfill(
     assert scan(control, root["id"], finding("a.csv")) == 0
     deploy(control)
     causes = [row["cause"] for row in control.status()["causes"]]
-    assert any("plugin sales has no job" in cause for cause in causes)
+    assert any("plugin sales 1.0.0" in c and "worker" in c for c in causes)
     assert control.backfill("sales", execute=False)["jobs"] == 1
     assert control.list_jobs() == []
     assert control.backfill("sales", execute=True)["jobs"] == 1

@@ -42,6 +42,7 @@ def facts(
             "dead_letters": 0,
             "plugins": [PLUGIN | (plugin or {})],
             "rejected": [],
+            "staged": [],
             "last_failure": [],
         }
         | (standing or {}),

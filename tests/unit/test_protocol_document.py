@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from casparian_flow.domain.outputs import OutputEntry, QuarantinePolicy, SinkSpec
-from casparian_flow.domain.records import Limits
+from casparian_flow.domain.records import Limits, Sample
 from casparian_flow.protocol import frames, limits
 from casparian_flow.protocol.codec import MESSAGE_OF
 from casparian_flow.protocol.frames import Op
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text("utf-8")
 KINDS: dict[str, type[Any]] = {op.name: kind for op, kind in MESSAGE_OF.items()} | {
-    kind.__name__: kind for kind in (OutputEntry, SinkSpec, QuarantinePolicy, Limits)
+    kind.__name__: kind for kind in (OutputEntry, SinkSpec, QuarantinePolicy, Limits, Sample)
 }
 
 
@@ -57,7 +57,8 @@ def test_the_field_table_lists_every_field_with_its_default(name: str) -> None:
         elif isinstance(expected, QuarantinePolicy):
             assert default == "all defaults", field
         else:
-            assert json.loads(default.strip("`")) == expected, field
+            listed = list(expected) if isinstance(expected, tuple) else expected
+            assert json.loads(default.strip("`")) == listed, field
 
 
 def test_the_table_of_bounds_is_the_code_s() -> None:

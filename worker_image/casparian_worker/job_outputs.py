@@ -9,6 +9,7 @@ can take earlier rows away. Sinks of one topic that ask for different contracts 
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -25,13 +26,19 @@ from casparian_flow.domain.outputs import (
     sinks_for,
 )
 from casparian_worker.lineage import Lineage, refuse_reserved
-from casparian_worker.sinks.base import JobRun, Sink, StageContext, StageWriter
+from casparian_worker.sinks.base import JobRun, StageContext, StageWriter
 from casparian_worker.validate import ROW_ID_COLUMN, Validator
 
 
 @lru_cache(maxsize=256)
 def _contract(schema_json: str) -> Contract:
     return parse_contract(schema_json)
+
+
+class Opens(Protocol):
+    """The part of a sink that is used here."""
+
+    def open_stage(self, ctx: StageContext) -> StageWriter: ...
 
 
 class JobOutputs:
@@ -49,7 +56,7 @@ class JobOutputs:
         run: JobRun,
         lineage: Lineage,
         sinks: Sequence[SinkSpec],
-        open_sink: Callable[[str], Sink],
+        open_sink: Callable[[str], Opens],
     ) -> None:
         self._run = run
         self._lineage = lineage

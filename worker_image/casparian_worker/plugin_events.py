@@ -42,7 +42,8 @@ class RunRequest:
 
     Attributes:
         key: names the job in every event and in `cancel`; the attempt's token.
-        path: what the plugin opens (`Source.path`), as Python's os functions take it.
+        path: what the plugin opens (`Source.path`), as Python's os functions take it; "" to have
+            it loaded and configured, and no more. Such a job has no Started.
         file_version_id: reaches the plugin as `FileEvent.file_id`.
         in_place: the path is the source itself, outside the scratch folder; such a job gets a
             process of its own, since a sandbox cannot be widened once it is in force.
@@ -107,7 +108,7 @@ class LaunchError(CasparianError):
     """The plugin's process cannot even be prepared.
 
     Attributes:
-        reason: ENVIRONMENT or SANDBOX.
+        reason: ENVIRONMENT, SANDBOX, UNTRUSTED or PLUGIN_INVALID.
         transient: whether a later try may succeed; None = as the reason's rule says.
     """
 

@@ -20,6 +20,7 @@ from casparian_flow.domain.errors import CasparianError, OutputRefusedError
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.outputs import OutputEntry
 from casparian_flow.domain.paths import text_to_path
+from casparian_flow.domain.records import Sample
 from casparian_flow.protocol import messages as m
 from casparian_worker.conclusions import described, failure, failure_of
 from casparian_worker.job_outputs import JobOutputs
@@ -28,8 +29,9 @@ from casparian_worker.mailbox import Mailbox
 from casparian_worker.pool import Pool
 from casparian_worker.publishing import Publisher, Sinks
 from casparian_worker.sinks.base import JobRun, SinkEnvironment
-from casparian_worker.slot import Flight, Host, ReadyJobs, Slot, Source
+from casparian_worker.slot import WARM_MAX, Flight, Host, ReadyJobs, Slot, Source
 from casparian_worker.source import SourceError
+from casparian_worker.trial import TrialRoom
 from casparian_worker.worker_events import Began, Ended, Staged, StartJob, Stopped
 from casparian_worker.worker_state import conclusion_of
 
@@ -43,7 +45,11 @@ CLOSE_S = 10.0
 class Runtime(Protocol):
     """Where plugin processes and the bytes they read come from (plugin_host.PluginRuntime)."""
 
-    def host(self, plugin: m.Plugin, slot: int) -> Host: ...
+    def host(
+        self, plugin: m.Plugin, slot: int, progress: Callable[[str], None] | None = None
+    ) -> Host: ...
+
+    def sample(self, slot: int, sample: Sample) -> Source: ...
 
     def source(self, slot: int, *, path: str, content_hash: str, size: int) -> Source: ...
 
@@ -89,6 +95,7 @@ class Runner:
         self._slots = [Slot(n, self._ready, self, clock) for n in range(config.slots)]
         for slot in self._slots:
             slot.start()
+        self._trials = TrialRoom(runtime, config.slots * WARM_MAX, mailbox, clock)
 
     @property
     def counts(self) -> Counter[str]:
@@ -127,9 +134,13 @@ class Runner:
         for slot in self._slots:
             slot.forget_plugins()
 
+    def start_trial(self, trial: m.Trial) -> None:
+        self._trials.start(trial)
+
     def close(self) -> None:
         """Stop all work and end every thread and process; waits for that."""
         self._ready.close()
+        self._trials.close()
         for slot in self._slots:
             slot.close()
         for slot in self._slots:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from casparian_flow.domain.clock import Clock, SystemClock
 from casparian_flow.domain.failures import Reason
-from casparian_flow.domain.records import Limits
+from casparian_flow.domain.records import Limits, Sample
 from casparian_flow.protocol.messages import Plugin
+from casparian_flow.trust.rules import TrustSource
 from casparian_worker import sandbox
 from casparian_worker.environments import Environment, EnvironmentCache, own_environment
 from casparian_worker.guest_kit import install_kit
@@ -16,7 +17,8 @@ from casparian_worker.guest_process import Launch
 from casparian_worker.plugin_events import Failed, LaunchError, RunRequest
 from casparian_worker.plugin_host import PluginHost
 from casparian_worker.scratch import Scratch, SlotScratch
-from casparian_worker.source import COPY_BYTES_MAX, Source, open_source
+from casparian_worker.source import COPY_BYTES_MAX, Source, open_source, sample_source
+from casparian_worker.trust_check import require_trusted
 
 UID_BASE = 60_600
 """Of a range that neither distributions nor systemd assign to anyone."""
@@ -62,8 +64,13 @@ class PluginRuntime:
         clock: Clock | None = None,
         progress: Callable[[str], None] = lambda _: None,
         copy_limit: int = COPY_BYTES_MAX,
+        trust: TrustSource | None = None,
     ) -> None:
         """Make the scratch folder, remove those of dead workers, and install the guest kit.
+
+        Args:
+            trust: the rules that every plugin must satisfy at each start of its process; None runs
+                whatever it is handed, which is for programs that have checked it themselves.
 
         Raises:
             OSError: one of the folders cannot be written.
@@ -72,20 +79,28 @@ class PluginRuntime:
         self._clock = clock or SystemClock()
         self._progress = progress
         self._copy_limit = copy_limit
+        self._trust = trust
         self._numbers = itertools.count(1)
         self._kit = install_kit(cache_root)
         self._environments = EnvironmentCache(cache_root)
         self._scratch = Scratch(scratch_root, uid_base=self.policy.uid_base)
 
-    def host(self, plugin: Plugin, slot: int) -> PluginHost:
+    def host(
+        self, plugin: Plugin, slot: int, progress: Callable[[str], None] | None = None
+    ) -> PluginHost:
         """A host for one plugin version in one slot. Its process starts with its first job.
 
         A slot may keep several hosts warm; they share its user, so its task limit too.
+
+        Args:
+            progress: told, instead of the runtime's own, while an environment is made.
         """
         scratch = self._private(slot)
 
         def launch() -> Launch:
-            environment = self._environments.obtain(plugin.lockfile, self._progress)
+            if self._trust is not None:
+                require_trusted(self._trust, plugin)
+            environment = self._environments.obtain(plugin.lockfile, progress or self._progress)
             return self._launch(environment, scratch, plugin.limits)
 
         return PluginHost(plugin, launch=launch, scratch=scratch, clock=self._clock)
@@ -100,6 +115,10 @@ class PluginRuntime:
             clock=self._clock,
             copy_limit=self._copy_limit,
         )
+
+    def sample(self, slot: int, sample: Sample) -> Source:
+        """A plugin's own sample, ready for the slot's plugin. See source.sample_source."""
+        return sample_source(sample, self._scratch.slot(slot))
 
     def probe(self) -> sandbox.Report:
         """How far the sandbox goes on this machine, found out by starting it without a plugin.

@@ -16,6 +16,7 @@ from typing import Self
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.failures import Reason
+from casparian_flow.domain.records import Sample
 from casparian_flow.domain.signature import Signature, is_racy, signature_of
 from casparian_worker.sandbox import reachable
 from casparian_worker.scratch import SlotScratch
@@ -23,6 +24,7 @@ from casparian_worker.scratch import SlotScratch
 COPY_BYTES_MAX = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class SourceError(CasparianError):
@@ -117,6 +119,29 @@ def open_source(
         os.close(descriptor)
 
 
+def sample_source(sample: Sample, scratch: SlotScratch) -> Source:
+    """A plugin's own sample as its input.
+
+    Raises:
+        SourceError: it cannot be written.
+    """
+    folder = ""
+    try:
+        folder = scratch.new_input("sample")
+        target = os.path.join(folder, sample.name)
+        with open(os.open(target, _NEW_FILE, 0o640), "wb", buffering=0) as file:
+            file.write(sample.content)
+            scratch.show(file.fileno(), 0o440)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if error.errno in _FULL:
+            raise SourceError(
+                Reason.DISK_FULL, "no space left for a sample", hint="Free scratch space."
+            ) from error
+        raise _unreadable(error) from error
+    return Source(target, folder=folder)
+
+
 class _Original:
     """A file used in place, with what is needed to tell whether it changed."""
 
@@ -165,8 +190,7 @@ def _copied(path: str, source: int, content_hash: str, size: int, scratch: SlotS
     try:
         folder = scratch.new_input("job")
         target = os.path.join(folder, os.path.basename(path))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(target, flags, 0o640), "wb", buffering=0) as file:
+        with open(os.open(target, _NEW_FILE, 0o640), "wb", buffering=0) as file:
             found = _copy(source, file.fileno(), size)
             scratch.show(file.fileno(), 0o440)
         if found != content_hash:

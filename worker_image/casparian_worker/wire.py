@@ -64,6 +64,8 @@ class Work(Protocol):
 
     def forget_plugins(self) -> None: ...
 
+    def start_trial(self, trial: m.Trial) -> None: ...
+
     def close(self) -> None:
         """Stop all work and end every thread and process; waits for that."""
 
@@ -129,6 +131,7 @@ class Wire:
             e.DeleteStages: lambda i: work.delete_stages(i.token, i.entries),
             e.ListStages: lambda _: work.list_stages(),
             e.ForgetPlugins: lambda _: work.forget_plugins(),
+            e.StartTrial: lambda i: work.start_trial(i.trial),
             e.Reconnect: lambda _: self._reconnect(),
             e.Exit: lambda _: self._stop(),
         }

@@ -137,6 +137,13 @@ class StageListing:
 
 
 @dataclass(slots=True)
+class TrialNews:
+    """How a trial stands, or how it ended."""
+
+    result: m.TrialResult
+
+
+@dataclass(slots=True)
 class Tick:
     """Time has passed; wanted every 100 ms or so."""
 
@@ -160,6 +167,7 @@ Event = (
     | Published
     | PublishFailed
     | StageListing
+    | TrialNews
     | Tick
     | Unsent
     | DrainRequested
@@ -221,6 +229,13 @@ class ForgetPlugins:
 
 
 @dataclass(slots=True)
+class StartTrial:
+    """Try a plugin version. Answered by TrialNews, the last of which is not `running`."""
+
+    trial: m.Trial
+
+
+@dataclass(slots=True)
 class Reconnect:
     """Nothing was heard for a whole lease: make the connection anew."""
 
@@ -238,6 +253,7 @@ Instruction = (
     | DeleteStages
     | ListStages
     | ForgetPlugins
+    | StartTrial
     | Reconnect
     | Exit
 )

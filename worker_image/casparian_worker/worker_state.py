@@ -43,6 +43,7 @@ from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import parse_token
 from casparian_flow.domain.jobs import CompletionStatus
 from casparian_flow.domain.outputs import OutputEntry, metrics_of, output_roots
+from casparian_flow.domain.wiring import TrialOutcome
 from casparian_flow.protocol import messages as m
 from casparian_worker.worker_events import (
     Began,
@@ -63,9 +64,11 @@ from casparian_worker.worker_events import (
     Staged,
     StageListing,
     StartJob,
+    StartTrial,
     StopJob,
     Stopped,
     Tick,
+    TrialNews,
     Unsent,
     WorkerConfig,
 )
@@ -76,6 +79,8 @@ SPEC_BYTES_MAX = 64 * 1024 * 1024
 FINISHED_MAX = 8192
 """Jobs whose last attempt is remembered, so that a repeated DISPATCH does not run again."""
 STAGES_PER_MESSAGE = 1000
+TRIALS_MAX = 16
+"""Trials remembered with how they stand; the oldest go first."""
 HEARTBEAT_S_RANGE = (0.05, 60.0)
 LEASE_TTL_S_RANGE = (0.2, 3600.0)
 
@@ -174,6 +179,8 @@ class WorkerState:
         self._specs: dict[str, m.Plugin] = {}
         self._spec_bytes = 0
         self._finished: dict[int, int] = {}
+        self._trials: dict[str, m.TrialResult] = {}
+        """By trial id: what was last said of it."""
         self._heard: float | None = None
         self._reconnected = 0.0
         self._identify_due = 0.0
@@ -193,6 +200,7 @@ class WorkerState:
             Published: self._published,
             PublishFailed: self._publish_failed,
             StageListing: self._stage_listing,
+            TrialNews: self._trial_news,
             Tick: self._tick,
             Unsent: self._unsent,
             DrainRequested: self._drain,
@@ -210,6 +218,7 @@ class WorkerState:
             m.Err: self._err,
             m.Reload: self._reload,
             m.Discard: self._discard,
+            m.Trial: self._trial,
         }
 
     # -- entry ----------------------------------------------------------------------------------
@@ -586,6 +595,29 @@ class WorkerState:
             if token not in self.attempts and parse_token(token) is not None:
                 self._out.append(DeleteStages(token))
 
+    # -- trials ---------------------------------------------------------------------------------
+
+    def _trial(self, _job_id: int, trial: m.Trial, _mono: float) -> None:
+        """Begin a trial, or say again how it stands: TRIAL is repeated until its end is told."""
+        known = self._trials.get(trial.trial_id)
+        if known is None:
+            if self.draining:
+                known = m.TrialResult(trial.trial_id, TrialOutcome.AGAIN, Reason.DRAINING)
+            else:
+                known = m.TrialResult(trial.trial_id, TrialOutcome.RUNNING)
+                self._out.append(StartTrial(trial))
+            self._note_trial(known)
+        self._send(0, known)
+
+    def _trial_news(self, news: TrialNews, _mono: float) -> None:
+        self._note_trial(news.result)
+        self._send(0, news.result)
+
+    def _note_trial(self, result: m.TrialResult) -> None:
+        self._trials[result.trial_id] = result
+        if len(self._trials) > TRIALS_MAX:
+            del self._trials[next(iter(self._trials))]
+
     # -- time -----------------------------------------------------------------------------------
 
     def _tick(self, _event: Tick, mono: float) -> None:
@@ -834,6 +866,7 @@ class WorkerState:
         require(len(self._specs) <= SPECS_MAX, "the number of specs is bounded")
         require(self._spec_bytes == sum(map(_spec_bytes, self._specs.values())), "spec bytes")
         require(len(self._finished) <= FINISHED_MAX, "the memory of finished jobs is bounded")
+        require(len(self._trials) <= TRIALS_MAX, "the memory of trials is bounded")
         times = list(self._repeat.values())
         require(times == sorted(times), "requests are repeated in order of time")
 

@@ -8,6 +8,7 @@ import click
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import (
     Column,
+    many_lines,
     note,
     one_line,
     short_hash,
@@ -31,6 +32,22 @@ PLUGIN_COLUMNS = (
     Column("subscription_tags", "TAGS"),
     Column("artifact_hash", "ARTIFACT", short_hash),
     Column("deployed_at", "DEPLOYED", short_time),
+)
+VERSION_COLUMNS = (
+    Column("version", "VERSION"),
+    Column("status", "STATUS"),
+    Column("signer", "SIGNED BY"),
+    Column("key_id", "KEY", short_hash),
+    Column("artifact_hash", "ARTIFACT", short_hash),
+    Column("env_hash", "ENVIRONMENT", short_hash),
+    Column("publisher", "PUBLISHER"),
+    Column("deployed_at", "DEPLOYED", short_time),
+)
+PLUGIN_FACTS = (
+    ("tags", "subscription_tags"),
+    ("parameters", "default_parameters"),
+    ("paused", "pause_reason"),
+    ("failures in a row", "consecutive_failures"),
 )
 TOPIC_COLUMNS = (
     Column("plugin_name", "PLUGIN"),
@@ -94,7 +111,7 @@ def plugins(app: App) -> None:
 
 @click.group()
 def plugin() -> None:
-    """Look at one plugin, pause or resume it."""
+    """Look at one plugin, pause or resume it, go back to an earlier version."""
 
 
 @plugin.command("show")
@@ -102,25 +119,48 @@ def plugin() -> None:
 @output_option
 @pass_app
 def plugin_show(app: App, name: str) -> None:
-    """Show the versions of plugin NAME and its wiring."""
+    """Show the versions of plugin NAME, who signed them, how they stand and why, and its topics."""
     control = app.control
     rows = [row for row in control.list_plugins() if row.get("plugin_name") == name]
     if not rows:
         raise NotFoundError(f"no plugin {name!r}", hint="'casparian plugins' lists them.")
     topics_of = [row for row in control.list_topics() if row.get("plugin_name") == name]
+    trials = [row for row in control.list_trials() if row.get("plugin_name") == name]
     if app.json:
-        click.echo(to_json({"versions": rows, "topics": topics_of}))
+        click.echo(to_json({"versions": rows, "trials": trials, "topics": topics_of}))
         return
-    for row in rows:
-        show_pairs(
-            (key.replace("_", " "), str(value))
-            for key, value in row.items()
-            if not isinstance(value, list | dict)
-            and value not in {None, ""}
-            and key != "source_code"
-        )
+    show_rows(app, rows, VERSION_COLUMNS, empty="no versions")
+    notes = [(row["version"], str(row["validation_error"] or "")) for row in rows]
+    notes += [(row["version"], _trial(row)) for row in trials]
+    for version, told in notes:
+        if told:
+            click.echo(f"\n{name} {version}: {many_lines(told)}")
+    newest = rows[0]
+    click.echo()
+    show_pairs((title, str(newest.get(key))) for title, key in PLUGIN_FACTS if newest.get(key))
     click.echo()
     show_rows(app, _sinks(topics_of), TOPIC_COLUMNS, empty="no topics")
+
+
+def _trial(row: Row) -> str:
+    return f"{row['state']}: {row['note']}" if row["note"] else str(row["state"])
+
+
+@plugin.command("rollback")
+@click.argument("name")
+@click.option("--to", "version", required=True, metavar="V", help="A version that was active.")
+@output_option
+@pass_app
+def plugin_rollback(app: App, name: str, version: str) -> None:
+    """Run plugin NAME with an earlier version again.
+
+    Queued jobs move to it, running ones finish on the version they began with. What was written
+    stays; versions that were still to be tried are withdrawn.
+    """
+    row = app.control.rollback_plugin(name, version)
+    show_data(app, row, str(row["message"]))
+    if row["kept"] and not app.json:
+        note(f"left as somebody changed it: {', '.join(row['kept'])}")
 
 
 @plugin.command("pause")

@@ -37,6 +37,8 @@ class Wanted(NamedTuple):
 def load_rule_set(connection: duckdb.DuckDBPyConnection) -> RuleSet:
     """The routing rules and subscriptions as they are now, compiled.
 
+    A plugin whose first version is still to be tried has subscriptions: its jobs wait.
+
     The rows are read every time, since anybody may have changed them, and compiled once.
     """
     rules = connection.execute(
@@ -44,9 +46,11 @@ def load_rule_set(connection: duckdb.DuckDBPyConnection) -> RuleSet:
     ).fetchall()
     subscribers = connection.execute(
         """
-        SELECT c.plugin_name, max(m.id), c.subscription_tags
+        SELECT c.plugin_name, coalesce(max(m.id) FILTER (m.status = 'ACTIVE'), min(m.id)),
+               c.subscription_tags
         FROM cf_plugin_config c
-        JOIN cf_plugin_manifest m ON m.plugin_name = c.plugin_name AND m.status = 'ACTIVE'
+        JOIN cf_plugin_manifest m
+            ON m.plugin_name = c.plugin_name AND m.status IN ('ACTIVE', 'STAGING')
         GROUP BY c.plugin_name, c.subscription_tags ORDER BY c.plugin_name
         """
     ).fetchall()

@@ -272,47 +272,64 @@ def _sink(
 def load_plugin_specs(connection: duckdb.DuckDBPyConnection, limits: Limits) -> list[PluginSpec]:
     """Every ACTIVE plugin version with its sinks, parameters and lockfile, by name."""
     rows = connection.execute(
-        """
-        SELECT m.id, m.plugin_name, m.version, m.artifact_hash, m.source_code,
-               coalesce(m.env_hash, ''), coalesce(e.lockfile_content, ''),
-               coalesce(c.default_parameters, '{}'), coalesce(m.manifest_json, ''),
-               coalesce(m.envelope, ''), coalesce(epoch_us(m.deployed_at), 0)
-        FROM cf_plugin_manifest m
-        LEFT JOIN cf_plugin_environment e ON e.hash = m.env_hash
-        LEFT JOIN cf_plugin_config c ON c.plugin_name = m.plugin_name
-        WHERE m.status = 'ACTIVE'
+        f"""
+        {_SPEC_ROWS} WHERE m.status = 'ACTIVE'
         QUALIFY row_number() OVER (PARTITION BY m.plugin_name ORDER BY m.id DESC) = 1
         ORDER BY m.plugin_name
         """
     ).fetchall()
     sinks = _topic_sinks(connection)
-    specs = []
-    for row in rows:
-        manifest_id, plugin, version, artifact, source, env_hash, lockfile, given = row[:8]
-        parameters = _canonical_object(given)
-        if parameters is None:
-            log.error("plugin %s is left out: its default_parameters are no JSON object", plugin)
-            continue
-        spec = PluginSpec(
-            spec_id="",
-            plugin=plugin,
-            plugin_version=version,
-            manifest_id=ManifestId(manifest_id),
-            artifact_hash=artifact,
-            source_code=source,
-            lockfile=lockfile,
-            env_hash=env_hash,
-            sinks=tuple(sinks[plugin]),
-            parameters_json=parameters,
-            parameters_hash=parameters_hash(parameters),
-            limits=limits,
-            manifest_json=row[8],
-            envelope=row[9],
-            deployed_at_us=row[10],
-        )
-        digest = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
-        specs.append(replace(spec, spec_id=digest))
-    return specs
+    specs = [_plugin_spec(row, limits) for row in rows]
+    return [identified(replace(s, sinks=tuple(sinks[s.plugin]))) for s in specs if s is not None]
+
+
+def load_staged_specs(connection: duckdb.DuckDBPyConnection, limits: Limits) -> list[PluginSpec]:
+    """Every STAGING plugin version, in the order of the deploys; without sinks."""
+    rows = connection.execute(f"{_SPEC_ROWS} WHERE m.status = 'STAGING' ORDER BY m.id").fetchall()
+    specs = [_plugin_spec(row, limits) for row in rows]
+    return [spec for spec in specs if spec is not None]
+
+
+def identified(spec: PluginSpec) -> PluginSpec:
+    """The spec under the id that follows from all else in it."""
+    digest = hashlib.sha256(msgspec.json.encode(replace(spec, spec_id=""), order="sorted"))
+    return replace(spec, spec_id=digest.hexdigest())
+
+
+_SPEC_ROWS = """
+    SELECT m.id, m.plugin_name, m.version, m.artifact_hash, m.source_code,
+           coalesce(m.env_hash, ''), coalesce(e.lockfile_content, ''),
+           coalesce(c.default_parameters, '{}'), coalesce(m.manifest_json, ''),
+           coalesce(m.envelope, ''), coalesce(epoch_us(m.deployed_at), 0)
+    FROM cf_plugin_manifest m
+    LEFT JOIN cf_plugin_environment e ON e.hash = m.env_hash
+    LEFT JOIN cf_plugin_config c ON c.plugin_name = m.plugin_name
+"""
+
+
+def _plugin_spec(row: tuple[Any, ...], limits: Limits) -> PluginSpec | None:
+    manifest_id, plugin, version, artifact, source, env_hash, lockfile, given = row[:8]
+    parameters = _canonical_object(given)
+    if parameters is None:
+        log.error("plugin %s is left out: its default_parameters are no JSON object", plugin)
+        return None
+    return PluginSpec(
+        spec_id="",
+        plugin=plugin,
+        plugin_version=version,
+        manifest_id=ManifestId(manifest_id),
+        artifact_hash=artifact,
+        source_code=source,
+        lockfile=lockfile,
+        env_hash=env_hash,
+        sinks=(),
+        parameters_json=parameters,
+        parameters_hash=parameters_hash(parameters),
+        limits=limits,
+        manifest_json=row[8],
+        envelope=row[9],
+        deployed_at_us=row[10],
+    )
 
 
 def _topic_sinks(connection: duckdb.DuckDBPyConnection) -> defaultdict[str, list[SinkSpec]]:

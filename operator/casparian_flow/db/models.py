@@ -440,6 +440,8 @@ class PluginManifest(Base):
     """The exact text that was signed with source and lock file."""
     wiring_json: Mapped[str | None]
     """What its MANIFEST declares, for the next version's deploy to compare with."""
+    samples_json: Mapped[str | None]
+    """Files that it is tried on, as JSON with base64; None for none."""
 
 
 class LibraryWhitelist(Base):

@@ -220,13 +220,18 @@ def standing(connection: Connection, now_us: int) -> Row:
         """,
     )
     totals["plugins"] = rows(connection, _PLUGIN_STANDING, [now_us])
+    totals["staged"] = rows(
+        connection,
+        "SELECT plugin_name, version FROM cf_plugin_manifest WHERE status = 'STAGING' ORDER BY id",
+    )
     totals["rejected"] = rows(
         connection,
         """
         SELECT plugin_name, version, validation_error FROM cf_plugin_manifest m
         WHERE status = 'REJECTED' AND NOT EXISTS (
             SELECT 1 FROM cf_plugin_manifest n
-            WHERE n.plugin_name = m.plugin_name AND n.status = 'ACTIVE' AND n.id > m.id)
+            WHERE n.plugin_name = m.plugin_name AND n.status IN ('ACTIVE', 'STAGING')
+                AND n.id > m.id)
         ORDER BY id
         """,
     )

@@ -262,6 +262,7 @@ TABLES: dict[str, str] = {
         system_requirements VARCHAR,
         manifest_json VARCHAR,
         wiring_json VARCHAR,
+        samples_json VARCHAR,
         UNIQUE (plugin_name, version, artifact_hash)
     """,
     "cf_library_whitelist": """

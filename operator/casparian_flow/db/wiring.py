@@ -7,6 +7,7 @@ and stays.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import duckdb
 import msgspec
@@ -19,12 +20,19 @@ from casparian_flow.db.fanout import (
     merged_tags,
 )
 from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.loading import sink_specs
 from casparian_flow.db.queries import rows as select
 from casparian_flow.domain.contracts import parse_contract
-from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
-from casparian_flow.domain.outputs import parse_mode, parse_sink_uri
-from casparian_flow.domain.records import Job
-from casparian_flow.domain.wiring import Origin, PluginStatus
+from casparian_flow.domain.errors import NotFoundError, UsageError
+from casparian_flow.domain.outputs import (
+    QuarantinePolicy,
+    SinkMode,
+    SinkSpec,
+    parse_mode,
+    parse_sink_uri,
+)
+from casparian_flow.domain.records import Job, Sample
+from casparian_flow.domain.wiring import Origin
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.manifest import PRIORITIES, check_topic, plugin_name
 from casparian_flow.services.routing import (
@@ -71,6 +79,16 @@ class Declared:
         """Everything the plugin subscribes to."""
         return frozenset(self.subscriptions) | ({self.tag} if self.tag else frozenset())
 
+    def sinks(self) -> tuple[SinkSpec, ...]:
+        """Where its topics go if nobody changes that."""
+        return tuple(
+            sink
+            for name, topic in sorted(self.topics.items())
+            for sink in sink_specs(
+                name, "\n".join(topic.uris), SinkMode.APPEND, topic.contract, _quarantine(topic)
+            )
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -89,178 +107,59 @@ class Release:
     envelope: str = ""
     signer: str = ""
     key_id: str = ""
+    samples: tuple[Sample, ...] = ()
 
 
 _declared = msgspec.json.Decoder(Declared)
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
-def record_release(ledger: Ledger, release: Release, *, now_us: int) -> Row:
-    """Record a version, make it the active one and wire it, in one transaction.
-
-    Returns:
-        {plugin_id, plugin, version, message, unchanged, rule, topics, subscriptions, kept};
-        `kept` names what people changed and the deploy left alone.
-
-    Raises:
-        ConflictError: the version was deployed before with other bytes.
-        LedgerUnavailableError: nothing is recorded.
-    """
-    with ledger.transaction() as connection:
-        existing = _same_version(connection, release)
-        if existing is not None:
-            return _unchanged(connection, release, existing)
-        before = _active(connection, release.plugin)
-        manifest_id = _insert_manifest(ledger, connection, release, now_us)
-        kept = _wire(ledger, connection, release, before, now_us)
-        row = _described(connection, release, manifest_id)
-    replaced = f", which supersedes {before[0]}" if before else ""
-    return {
-        **row,
-        "message": f"deployed {release.plugin} {release.version}{replaced}",
-        "unchanged": False,
-        "kept": kept,
-    }
+def declared_of(text: str | None) -> Declared:
+    """What a version declared, as the ledger keeps it."""
+    return _declared.decode(text) if text else Declared()
 
 
-def _same_version(connection: Connection, release: Release) -> tuple[int, str] | None:
-    row = connection.execute(
-        f"SELECT id, artifact_hash, status FROM {_MANIFEST} "
-        "WHERE plugin_name = $1 AND version = $2 AND status <> 'REJECTED' ORDER BY id DESC LIMIT 1",
-        [release.plugin, release.version],
-    ).fetchone()
-    if row is None:
-        return None
-    if row[1] != release.artifact_hash:
-        raise ConflictError(
-            f"{release.plugin} {release.version} was deployed before with other bytes; "
-            "versions are immutable",
-            hint=f"Publish it as {_next_version(connection, release)}.",
-        )
-    return int(row[0]), str(row[2])
+def encoded(declared: Declared) -> str:
+    return _encode(declared).decode()
 
 
-def _next_version(connection: Connection, release: Release) -> str:
-    from packaging.version import Version
-
-    rows = connection.execute(
-        # What was refused may call itself anything.
-        f"SELECT version FROM {_MANIFEST} WHERE plugin_name = $1 AND status <> 'REJECTED'",
-        [release.plugin],
-    ).fetchall()
-    newest = max(Version(row[0]) for row in rows)
-    return f"{newest.major}.{newest.minor}.{newest.micro + 1}"
-
-
-def _unchanged(connection: Connection, release: Release, existing: tuple[int, str]) -> Row:
-    manifest_id, status = existing
-    state = "" if status == PluginStatus.ACTIVE else f" ({status.lower()})"
-    return {
-        **_described(connection, release, manifest_id),
-        "message": f"{release.plugin} {release.version} is already deployed{state}, "
-        "with the same bytes: nothing to do",
-        "unchanged": True,
-        "kept": [],
-    }
-
-
-def _active(connection: Connection, plugin: str) -> tuple[str, Declared] | None:
-    """Version and declaration of the plugin's newest version so far."""
-    row = connection.execute(
-        f"SELECT version, wiring_json FROM {_MANIFEST} WHERE plugin_name = $1 "
-        "AND status IN ('ACTIVE', 'SUPERSEDED') ORDER BY status = 'ACTIVE' DESC, id DESC LIMIT 1",
-        [plugin],
-    ).fetchone()
-    if row is None:
-        return None
-    return str(row[0]), _declared.decode(row[1]) if row[1] else Declared()
-
-
-def _insert_manifest(ledger: Ledger, connection: Connection, release: Release, now_us: int) -> int:
-    publisher_id = _publisher(ledger, connection, release.publisher, now_us)
-    if release.lockfile:
-        connection.execute(
-            "INSERT INTO cf_plugin_environment (hash, lockfile_content, last_used, created_at) "
-            "VALUES ($1, $2, make_timestamp($3), make_timestamp($3)) ON CONFLICT DO NOTHING",
-            [release.env_hash, release.lockfile, now_us],
-        )
-    connection.execute(
-        f"UPDATE {_MANIFEST} SET status = 'SUPERSEDED' "
-        "WHERE plugin_name = $1 AND status = 'ACTIVE'",
-        [release.plugin],
-    )
-    manifest_id = ledger.next_id(_MANIFEST)
-    connection.execute(
-        f"""
-        INSERT INTO {_MANIFEST} (id, plugin_name, version, source_code, source_hash, status,
-            created_at, deployed_at, env_hash, artifact_hash, publisher_id, wiring_json,
-            manifest_json, envelope, signer, key_id)
-        VALUES ($1, $2, $3, $4, $5, 'ACTIVE', make_timestamp($6), make_timestamp($6), $7, $8, $9,
-            $10, $11, $12, $13, $14)
-        """,
-        [
-            manifest_id,
-            release.plugin,
-            release.version,
-            release.source_code,
-            release.source_hash,
-            now_us,
-            release.env_hash or None,
-            release.artifact_hash,
-            publisher_id,
-            _encode(release.declared).decode(),
-            release.manifest_json,
-            release.envelope or None,
-            release.signer or None,
-            release.key_id or None,
-        ],
-    )
-    return manifest_id
-
-
-def _publisher(ledger: Ledger, connection: Connection, name: str, now_us: int) -> int:
-    row = connection.execute(
-        "SELECT id FROM cf_publisher WHERE name = $1 AND azure_oid IS NULL", [name]
-    ).fetchone()
-    if row is not None:
-        connection.execute(
-            "UPDATE cf_publisher SET last_active = make_timestamp($2) WHERE id = $1",
-            [row[0], now_us],
-        )
-        return int(row[0])
-    publisher_id = ledger.next_id("cf_publisher")
-    connection.execute(
-        "INSERT INTO cf_publisher (id, name, created_at, last_active) "
-        "VALUES ($1, $2, make_timestamp($3), make_timestamp($3))",
-        [publisher_id, name, now_us],
-    )
-    return publisher_id
-
-
-def _wire(
+def wire(
     ledger: Ledger,
     connection: Connection,
-    release: Release,
-    before: tuple[str, Declared] | None,
+    plugin: str,
+    new: Declared,
+    old: Declared | None,
     now_us: int,
 ) -> list[str]:
-    old = before[1] if before else None
-    kept = _wire_rule(ledger, connection, release, old)
-    kept += _wire_config(connection, release, old, now_us)
-    kept += _wire_topics(ledger, connection, release, old)
-    for tag in release.declared.subscriptions:
-        _add_subscription(ledger, connection, release.plugin, tag)
+    """Bring a plugin's wiring from one declaration to another, within the open transaction.
+
+    Args:
+        old: what it follows now, None for nothing.
+
+    Returns:
+        What people changed and this left alone.
+    """
+    change = _Change(plugin, new, old)
+    kept = _wire_rule(ledger, connection, change)
+    kept += _wire_config(connection, change, now_us)
+    kept += _wire_topics(ledger, connection, change)
+    for tag in new.subscriptions:
+        _add_subscription(ledger, connection, plugin, tag)
     return kept
 
 
-def _wire_rule(
-    ledger: Ledger, connection: Connection, release: Release, old: Declared | None
-) -> list[str]:
-    new = release.declared
+class _Change(NamedTuple):
+    plugin: str
+    new: Declared
+    old: Declared | None
+
+
+def _wire_rule(ledger: Ledger, connection: Connection, change: _Change) -> list[str]:
+    plugin, new, old = change
     rows = connection.execute(
         f"SELECT id, pattern, tag, priority FROM {_RULE} "
         "WHERE plugin_name = $1 AND origin = 'auto'",
-        [release.plugin],
+        [plugin],
     ).fetchall()
     was = (old.pattern, old.tag, old.priority) if old and old.pattern else None
     if was is not None and not any(tuple(row[1:]) == was for row in rows):
@@ -271,31 +170,29 @@ def _wire_rule(
         connection.execute(
             f"DELETE FROM {_RULE} WHERE plugin_name = $1 AND origin = 'auto' AND pattern = $2 "
             "AND tag = $3 AND priority = $4",
-            [release.plugin, *was],
+            [plugin, *was],
         )
     if new.pattern:
         connection.execute(
             f"INSERT INTO {_RULE} (id, pattern, tag, priority, origin, plugin_name) "
             "VALUES ($1, $2, $3, $4, 'auto', $5)",
-            [ledger.next_id(_RULE), new.pattern, new.tag, new.priority, release.plugin],
+            [ledger.next_id(_RULE), new.pattern, new.tag, new.priority, plugin],
         )
     return []
 
 
-def _wire_config(
-    connection: Connection, release: Release, old: Declared | None, now_us: int
-) -> list[str]:
-    new = release.declared
+def _wire_config(connection: Connection, change: _Change, now_us: int) -> list[str]:
+    plugin, new, old = change
     declared_before = old.tags if old else frozenset()
     row = connection.execute(
         "SELECT subscription_tags, default_parameters FROM cf_plugin_config WHERE plugin_name = $1",
-        [release.plugin],
+        [plugin],
     ).fetchone()
     if row is None:
         connection.execute(
             "INSERT INTO cf_plugin_config (plugin_name, subscription_tags, default_parameters, "
             "last_updated) VALUES ($1, $2, $3, make_timestamp($4))",
-            [release.plugin, format_tags(new.tags), new.parameters_json, now_us],
+            [plugin, format_tags(new.tags), new.parameters_json, now_us],
         )
         return []
     current = parse_tags(row[0])
@@ -304,22 +201,20 @@ def _wire_config(
     connection.execute(
         "UPDATE cf_plugin_config SET subscription_tags = $2, default_parameters = $3, "
         "last_updated = make_timestamp($4) WHERE plugin_name = $1",
-        [release.plugin, format_tags(tags), row[1] if own else new.parameters_json, now_us],
+        [plugin, format_tags(tags), row[1] if own else new.parameters_json, now_us],
     )
     kept = ["default parameters"] if own and row[1] != new.parameters_json else []
     return kept + [f"subscription to {tag!r}" for tag in sorted(new.tags - tags)]
 
 
-def _wire_topics(
-    ledger: Ledger, connection: Connection, release: Release, old: Declared | None
-) -> list[str]:
-    new = release.declared.topics
-    before = old.topics if old else {}
+def _wire_topics(ledger: Ledger, connection: Connection, change: _Change) -> list[str]:
+    plugin, new = change.plugin, change.new.topics
+    before = change.old.topics if change.old else {}
     present = {
         row[0]: (row[1], row[2] or "", row[3])
         for row in connection.execute(
             f"SELECT topic_name, uri, schema_json, origin FROM {_TOPIC} WHERE plugin_name = $1",
-            [release.plugin],
+            [plugin],
         ).fetchall()
     }
     kept = []
@@ -331,7 +226,7 @@ def _wire_topics(
             if wish is not None and now[:2] != _stored(wish):
                 kept.append(f"topic {name}")
         else:
-            _replace_topic(ledger, connection, release.plugin, name, wish)
+            _replace_topic(ledger, connection, plugin, name, wish)
     return kept
 
 
@@ -355,6 +250,11 @@ def _replace_topic(
         _set_quarantine(connection, plugin, name, contract)
 
 
+def _quarantine(topic: Topic) -> QuarantinePolicy:
+    policy = parse_contract(topic.contract).quarantine if topic.contract else None
+    return policy or QuarantinePolicy()
+
+
 def _set_quarantine(connection: Connection, plugin: str, topic: str, contract: str) -> None:
     """Take over the quarantine policy that a contract carries, if it does."""
     policy = parse_contract(contract).quarantine if contract else None
@@ -374,7 +274,8 @@ def _add_subscription(ledger: Ledger, connection: Connection, plugin: str, name:
     )
 
 
-def _described(connection: Connection, release: Release, manifest_id: int) -> Row:
+def described(connection: Connection, release: Release, manifest_id: int) -> Row:
+    """{plugin_id, plugin, version, artifact_hash, rule, topics, subscriptions}."""
     topics = connection.execute(
         f"SELECT topic_name, uri FROM {_TOPIC} WHERE plugin_name = $1 ORDER BY topic_name",
         [release.plugin],
@@ -404,7 +305,9 @@ def list_plugins(connection: Connection) -> list[Row]:
     return select(
         connection,
         f"""
-        SELECT m.id, m.plugin_name, m.version, m.status, m.artifact_hash, m.env_hash,
+        SELECT m.id, m.plugin_name, m.version, m.status,
+               regexp_replace(m.artifact_hash, '^rejected:([0-9]+:)?', '') AS artifact_hash,
+               m.env_hash,
                m.deployed_at, m.created_at, m.validation_error, p.name AS publisher,
                m.signer, m.key_id,
                c.subscription_tags, c.default_parameters, coalesce(h.paused, false) AS paused,
@@ -513,10 +416,13 @@ def remove_rule(ledger: Ledger, rule_id: int) -> None:
 
 
 def _require_plugin(connection: Connection, plugin: str) -> tuple[int, str]:
-    """Manifest id and version of the plugin's active version."""
+    """Manifest id and version of the plugin's active version, or of its first, still staged."""
     row = connection.execute(
-        f"SELECT id, version FROM {_MANIFEST} WHERE plugin_name = $1 AND status = 'ACTIVE' "
-        "ORDER BY id DESC LIMIT 1",
+        f"""
+        SELECT id, version FROM {_MANIFEST}
+        WHERE plugin_name = $1 AND status IN ('ACTIVE', 'STAGING')
+        ORDER BY status, CASE status WHEN 'ACTIVE' THEN -id ELSE id END LIMIT 1
+        """,
         [plugin_name(plugin)],
     ).fetchone()
     if row is None:
@@ -598,7 +504,7 @@ def _versions_of(
     connection: Connection, plugin: str, manifest_id: int
 ) -> Sequence[tuple[int, int, str, int, bool, bool, int, int]]:
     """Versions in active roots; jobs of this plugin version that were not skipped for lack of
-    bytes count."""
+    bytes count, and so do queued ones of an earlier one, which will run with this."""
     return connection.execute(
         """
         SELECT v.id, l.id, l.rel_path, v.seq, l.current_version_id = v.id,
@@ -610,7 +516,8 @@ def _versions_of(
             SELECT file_version_id, count(*) FILTER (status <> 'SKIPPED') AS jobs,
                    max(generation) AS generation
             FROM cf_processing_queue
-            WHERE plugin_name = $1 AND plugin_manifest_id = $2 GROUP BY file_version_id
+            WHERE plugin_name = $1 AND (plugin_manifest_id = $2 OR status = 'QUEUED')
+            GROUP BY file_version_id
         ) j ON j.file_version_id = v.id
         ORDER BY v.id
         """,

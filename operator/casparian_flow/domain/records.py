@@ -113,6 +113,30 @@ class PluginSpec:
     refused: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A file that an author ships with a plugin, so that it can be tried on something.
+
+    Attributes:
+        name: the plugin sees it under this name; one that domain.samples lets through.
+    """
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagedVersion:
+    """A plugin version that waits for its trial.
+
+    Attributes:
+        spec: with the sinks that its own MANIFEST declares.
+    """
+
+    spec: PluginSpec
+    samples: tuple[Sample, ...] = ()
+
+
 @dataclass(slots=True)
 class Health:
     """A plugin's circuit breaker."""
@@ -217,4 +241,6 @@ __all__ = [
     "NewJob",
     "PluginSpec",
     "Record",
+    "Sample",
+    "StagedVersion",
 ]

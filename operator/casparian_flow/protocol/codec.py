@@ -29,6 +29,8 @@ MESSAGE_OF: dict[Op, type[Any]] = {
     Op.PLUGIN: m.Plugin,
     Op.STAGES: m.Stages,
     Op.DISCARD: m.Discard,
+    Op.TRIAL: m.Trial,
+    Op.TRIAL_RESULT: m.TrialResult,
 }
 OP_OF: dict[type[Any], Op] = {kind: op for op, kind in MESSAGE_OF.items()}
 _DECODERS = {op: msgspec.json.Decoder(kind) for op, kind in MESSAGE_OF.items()}

@@ -41,6 +41,8 @@ class Op(IntEnum):
     PLUGIN = 19
     STAGES = 20
     DISCARD = 21
+    TRIAL = 22
+    TRIAL_RESULT = 23
 
 
 _OPS: dict[int, Op] = {int(op): op for op in Op}

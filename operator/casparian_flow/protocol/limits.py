@@ -9,6 +9,7 @@ from typing import Any
 
 from casparian_flow.domain.errors import ProtocolError
 from casparian_flow.domain.outputs import OutputEntry
+from casparian_flow.domain.samples import samples_problem
 from casparian_flow.protocol import messages as m
 
 INT_MAX = 2**63 - 1
@@ -31,6 +32,7 @@ ENTRIES_MAX = 16_384
 TOKENS_MAX = 65_536
 BUNDLE_BYTES_MAX = 6 * 1024 * 1024
 """Holds the largest plugin bundle (docs/artifact.md)."""
+TOPICS_MAX = 1_024
 
 
 def bound(message: m.Message) -> None:
@@ -149,6 +151,26 @@ def _deploy(message: m.Deploy) -> None:
         raise ProtocolError(f"bundle has {len(message.bundle)} bytes, at most {BUNDLE_BYTES_MAX}")
 
 
+def _trial(message: m.Trial) -> None:
+    _text("trial_id", message.trial_id)
+    problem = samples_problem(message.samples)
+    if problem:
+        raise ProtocolError(f"samples: {problem}")
+
+
+def _trial_result(message: m.TrialResult) -> None:
+    for field in ("trial_id", "outcome", "reason"):
+        _text(field, getattr(message, field))
+    _count("rows", message.rows, TOPICS_MAX)
+    for topic, rows in message.rows.items():
+        _text("rows", topic)
+        _integer("rows", rows)
+    if len(message.message) > MESSAGE_CHARS_MAX:
+        message.message = message.message[:MESSAGE_CHARS_MAX]
+    if len(message.log) > LOG_CHARS_MAX:
+        message.log = message.log[-LOG_CHARS_MAX:]
+
+
 _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     m.Identify: _identify,
     m.Heartbeat: _heartbeat,
@@ -161,4 +183,6 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     m.Stages: _tokens,
     m.Discard: _tokens,
     m.Deploy: _deploy,
+    m.Trial: _trial,
+    m.TrialResult: _trial_result,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from casparian_flow.domain.outputs import OutputEntry, SinkSpec
-from casparian_flow.domain.records import Limits
+from casparian_flow.domain.records import Limits, Sample
 
 
 @dataclass(slots=True)
@@ -76,6 +76,42 @@ class Plugin:
     manifest_json: str = ""
     envelope: str = ""
     deployed_at_us: int = 0
+
+
+@dataclass(slots=True)
+class Trial:
+    """S→W: load this plugin version and run it over its samples, without writing anything.
+
+    Repeated until its end is told.
+
+    Attributes:
+        trial_id: names this try and no other.
+        samples: with none, that the plugin loads is all that is tried.
+    """
+
+    trial_id: str
+    plugin: Plugin
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(slots=True)
+class TrialResult:
+    """W→S: how a trial stands, or how it ended.
+
+    Attributes:
+        outcome: a domain.wiring.TrialOutcome.
+        reason: a domain.failures.Reason for `failed` and `again`.
+        message: what went wrong; what is being done, for `running`.
+        rows: of each topic, for `passed`.
+        log: tail of what the plugin printed.
+    """
+
+    trial_id: str
+    outcome: str
+    reason: str = ""
+    message: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
+    log: str = ""
 
 
 @dataclass(slots=True)
@@ -256,4 +292,6 @@ Message = (
     | Ack
     | Stages
     | Discard
+    | Trial
+    | TrialResult
 )

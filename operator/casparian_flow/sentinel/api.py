@@ -193,10 +193,20 @@ class ControlApi(Protocol):
     def deploy(self, bundle: bytes) -> Row:
         """Check a plugin bundle's signature, hash, source and MANIFEST; record and wire it.
 
-        Returns {plugin_id, message, unchanged, rule, topics, subscriptions}.
+        A worker tries the version before it becomes active; `list_plugins` tells how it stands.
+
+        Returns {plugin_id, status, message, unchanged, rule, topics, subscriptions, kept}.
         """
 
-    def list_plugins(self) -> list[Row]: ...
+    def list_plugins(self) -> list[Row]:
+        """Every version of every plugin, newest of each first, with how it stands."""
+
+    def list_trials(self) -> list[Row]:
+        """{plugin_id, plugin_name, version, state, note} of versions that are to be tried."""
+
+    def rollback_plugin(self, plugin: str, version: str) -> Row:
+        """Make an earlier version active again: {plugin, version, superseded, withdrawn, kept,
+        message}."""
 
     def pause_plugin(self, plugin: str, *, reason: str) -> None: ...
 

@@ -70,6 +70,7 @@ PLUGIN_FAULTS = frozenset(
         Reason.CONTRACT,
         Reason.QUARANTINE_LIMIT,
         Reason.ENVIRONMENT,
+        Reason.UNTRUSTED,
     }
 )
 """Failures that speak against the plugin and so count for its circuit breaker."""
@@ -288,7 +289,7 @@ class Broker:
         self._hold(job, worker, now, spec)
         if spec.spec_id not in worker.specs:
             worker.specs.add(spec.spec_id)
-            self._send(worker.identity, 0, _plugin_message(spec))
+            self._send(worker.identity, 0, plugin_message(spec))
         self._send(worker.identity, job.job_id, _dispatch_message(job, spec))
         self.counters["jobs_dispatched"] += 1
 
@@ -715,7 +716,9 @@ class Broker:
             lane.failed_jobs.add(job.job_id)
         health = lane.health
         health.consecutive_failures += 1
-        opens = health.consecutive_failures >= self.config.breaker_failures and not health.paused
+        # What a worker refuses to load is no better with the next file.
+        limit = 1 if reason is Reason.UNTRUSTED else self.config.breaker_failures
+        opens = health.consecutive_failures >= limit and not health.paused
         if opens:
             health.paused = True
             health.reason = f"{health.consecutive_failures} jobs failed in a row; last: {message}"
@@ -1008,7 +1011,8 @@ def _conclusion(message: m.Conclude) -> tuple[CompletionStatus | None, Reason]:
     return status, reason
 
 
-def _plugin_message(spec: PluginSpec) -> m.Plugin:
+def plugin_message(spec: PluginSpec) -> m.Plugin:
+    """A spec as workers get it."""
     return m.Plugin(
         spec.spec_id,
         spec.plugin,
@@ -1044,4 +1048,4 @@ def _dispatch_message(job: Job, spec: PluginSpec) -> m.Dispatch:
     )
 
 
-__all__ = ["Broker", "BrokerConfig", "Lease", "Observation", "Worker"]
+__all__ = ["Broker", "BrokerConfig", "Lease", "Observation", "Worker", "plugin_message"]

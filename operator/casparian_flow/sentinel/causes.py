@@ -26,6 +26,7 @@ class Facts:
         workers: `ControlApi.list_workers`.
         stuck: {job_id, message} of granted jobs whose sink refused for good.
         orphans: {job_id, root_ids} of granted jobs that no connected worker can publish.
+        trials: `Trials.rows` of versions that are still to be tried.
     """
 
     running: bool
@@ -35,6 +36,7 @@ class Facts:
     workers: Sequence[Row]
     stuck: Sequence[Row] = field(default_factory=tuple)
     orphans: Sequence[Row] = field(default_factory=tuple)
+    trials: Sequence[Row] = field(default_factory=tuple)
 
 
 def explain(facts: Facts) -> list[Row]:
@@ -82,7 +84,8 @@ def _plugins(facts: Facts) -> Found:
             f"plugin {row['plugin_name']} {row['version']} was rejected: {row['validation_error']}",
             "Correct the file and publish it again; the plugin class must be named Handler.",
         )
-    if not any(row["version"] for row in facts.standing["plugins"]):
+    staged = facts.standing["staged"]
+    if not staged and not any(row["version"] for row in facts.standing["plugins"]):
         yield (
             "no plugin is deployed, so no job is made",
             (
@@ -90,6 +93,29 @@ def _plugins(facts: Facts) -> Found:
                 "named Handler."
             ),
         )
+
+
+def _trials(facts: Facts) -> Found:
+    known = {(row["plugin_name"], row["version"]): row for row in facts.trials}
+    for row in facts.standing["staged"][:LISTED_MAX]:
+        name, version = row["plugin_name"], row["version"]
+        trial = known.get((name, version), {"state": "waits for a worker", "note": ""})
+        note = f": {trial['note']}" if trial["note"] else ""
+        if not facts.running:
+            yield (
+                f"plugin {name} {version} is not active yet: a worker has to try it",
+                "Run 'casparian start'; its jobs are kept meanwhile.",
+            )
+        elif trial["state"] == "waits for a worker":
+            yield (
+                f"plugin {name} {version} waits for a worker that tries it{note}",
+                "Start one that takes it, or wait until one is free.",
+            )
+        else:
+            yield (
+                f"plugin {name} {version} is {trial['state']}{note}",
+                "It becomes active by itself once it has passed.",
+            )
 
 
 def _routing(facts: Facts) -> Found:
@@ -138,6 +164,8 @@ def _held_up(facts: Facts, row: Row) -> Found:
             ),
             f"Correct the cause, then run 'casparian plugin resume {name}'.",
         )
+    elif any(staged["plugin_name"] == name for staged in facts.standing["staged"]):
+        return  # told with the trials
     elif not row["version"]:
         yield (
             f"{_jobs(queued, 'waits', 'wait')} for plugin {name}, which has no active version",
@@ -232,6 +260,7 @@ _CHECKS: dict[str, Callable[[Facts], Found]] = {
     "ledger": _ledger,
     "sources": _sources,
     "plugins": _plugins,
+    "trials": _trials,
     "routing": _routing,
     "waiting": _waiting,
     "sinks": _sinks,

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from casparian_flow import __version__
-from casparian_flow.db import inventory, queries, rejections, requeue, sources, wiring
+from casparian_flow.db import (
+    inventory,
+    queries,
+    rejections,
+    releases,
+    requeue,
+    sources,
+    wiring,
+)
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.engine_errors import reading
 from casparian_flow.db.journal import Folded
@@ -55,6 +63,7 @@ from casparian_flow.sentinel.control_codec import API_PREFIX, Operation
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.loop import CoreLoop, fail, settle
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
+from casparian_flow.sentinel.trial_desk import TrialDesk
 from casparian_flow.services import architect
 from casparian_flow.trust.bundle import unpack
 from casparian_flow.trust.errors import UntrustedError
@@ -72,7 +81,8 @@ QUIET = frozenset(
     {
         "ping", "status", "list_jobs", "show_job", "await_job", "job_log", "list_dead_letters",
         "list_sources", "list_files", "versions", "inventory", "next_rescans", "list_plugins",
-        "list_topics", "list_rules", "list_workers", "snapshot", "check", "begin_scan",
+        "list_topics", "list_trials", "list_rules", "list_workers", "snapshot", "check",
+        "begin_scan",
         "commit_chunk", "finish_scan",
     }
 ) | api_calls.QUIET  # fmt: skip
@@ -90,8 +100,10 @@ class ControlPlane:
         database: where the ledger is; snapshots go beside it.
         bind_address: where workers connect, "" if no Sentinel serves any.
         stop: ends the Sentinel; None if there is none.
-        trust: the rules by which deploys are judged.
         allow_self_approval: whether who asked for something may also approve it.
+        trust: the rules by which deploys are judged.
+        trials: whether a worker has to try a version before it becomes active.
+        desk: where trials are carried out; None if no Sentinel serves any worker.
 
     Attributes:
         storage: the API's jobs, events and approvals in this ledger.
@@ -106,8 +118,10 @@ class ControlPlane:
         clock: Clock,
         bind_address: str = "",
         stop: Callable[[], None] | None = None,
-        trust: TrustSource = nobody,
         allow_self_approval: bool = True,
+        trust: TrustSource = nobody,
+        trials: bool = True,
+        desk: TrialDesk | None = None,
     ) -> None:
         self._loop = loop
         self._database = str(database)
@@ -115,6 +129,8 @@ class ControlPlane:
         self._bind_address = bind_address
         self._stop = stop
         self._trust = trust
+        self._trials = trials
+        self._desk = desk
         self._started_us = clock.now().wall_us
         self.storage = ApiStorage(door=loop, clock=clock, allow_self_approval=allow_self_approval)
         self.api: ApiClient = self.storage
@@ -194,7 +210,7 @@ class ControlPlane:
 
     def status(self) -> Row:
         running = self._stop is not None
-        view = self._look(lambda core: _View(core, self._clock.now()))
+        view = self._look(lambda core: _View(core, self._desk, self._clock.now()))
         try:
             with self._reader() as connection:
                 counts = {status.value: n for status, n in load_counts(connection).items()}
@@ -204,13 +220,21 @@ class ControlPlane:
             # The one moment when status matters most: tell what is known without the ledger.
             return self._status_without_ledger(view, error)
         facts = Facts(
-            running, view.problem, counts, standing, view.workers, view.stuck, view.orphans
+            running,
+            view.problem,
+            counts,
+            standing,
+            view.workers,
+            view.stuck,
+            view.orphans,
+            view.trials,
         )
         return {
             "sentinel": self._sentinel_row() if running else None,
             "ledger": {"path": self._database, "state": _told(view.problem)},
             "jobs": counts,
             "workers": view.workers,
+            "trials": view.trials,
             "plugins": plugins,
             "sources": sources,
             "causes": explain(facts),
@@ -223,6 +247,7 @@ class ControlPlane:
             "ledger": {"path": self._database, "state": _told(problem)},
             "jobs": {},
             "workers": view.workers,
+            "trials": view.trials,
             "plugins": [],
             "sources": [],
             "causes": [
@@ -468,7 +493,17 @@ class ControlPlane:
                 )
             )
             raise
-        return self._rewire(lambda ledger: wiring.record_release(ledger, release, now_us=now_us))
+        row = self._rewire(
+            lambda ledger: releases.record_release(
+                ledger, release, now_us=now_us, trial=self._trials
+            )
+        )
+        self._staged_changed()
+        return row
+
+    def _staged_changed(self) -> None:
+        if self._desk is not None:
+            self._desk.wiring_changed()
 
     def reload(self) -> None:
         """Read the plugins and their wiring anew from the ledger."""
@@ -477,6 +512,16 @@ class ControlPlane:
     def list_plugins(self) -> list[Row]:
         with self._reader() as connection:
             return wiring.list_plugins(connection)
+
+    def list_trials(self) -> list[Row]:
+        desk = self._desk
+        return [] if desk is None else self._look(lambda _: desk.rows(self._clock.now()))
+
+    def rollback_plugin(self, plugin: str, version: str) -> Row:
+        now_us = self._now_us()
+        row = self._rewire(lambda ledger: releases.rollback(ledger, plugin, version, now_us=now_us))
+        self._staged_changed()
+        return row
 
     def pause_plugin(self, plugin: str, *, reason: str) -> None:
         self._require_plugin(plugin)
@@ -559,10 +604,11 @@ class ControlPlane:
 class _View:
     """What `status` needs of the core, read between two turns."""
 
-    def __init__(self, core: SentinelCore[Ledger], now: Now) -> None:
+    def __init__(self, core: SentinelCore[Ledger], desk: TrialDesk | None, now: Now) -> None:
         self.workers = worker_rows(core.broker, now)
         self.stuck = stuck_rows(core.broker)
         self.orphans = orphan_rows(core.broker)
+        self.trials = [] if desk is None else desk.rows(now)
         self.problem: tuple[str, str] | None = None
         if core.problem is not None:
             self.problem = (str(core.problem), core.problem.hint)

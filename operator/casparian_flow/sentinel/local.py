@@ -32,6 +32,7 @@ class LocalControl(ControlPlane):
     Args:
         ledger: closed with this object.
         trust: the rules by which deploys are judged.
+        trials: whether a deployed version waits for the trial by a Sentinel's worker.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LocalControl(ControlPlane):
         clock: Clock | None = None,
         limits: Limits | None = None,
         trust: TrustSource = nobody,
+        trials: bool = True,
     ) -> None:
         clock = clock or SystemClock()
         ledger.limits = limits or ledger.limits
@@ -51,7 +53,9 @@ class LocalControl(ControlPlane):
             self._writer, lambda: Broker(BrokerConfig(), system_random()), clock
         )
         loop = CoreLoop(core, self._writer, self._changed.set)
-        super().__init__(loop, database=ledger.path or ":memory:", clock=clock, trust=trust)
+        super().__init__(
+            loop, database=ledger.path or ":memory:", clock=clock, trust=trust, trials=trials
+        )
         self._thread = threading.Thread(target=self._turn, name="local-control", daemon=True)
         core.start()
         self._thread.start()
@@ -64,6 +68,7 @@ class LocalControl(ControlPlane):
         clock: Clock | None = None,
         memory_limit_mb: int = MEMORY_LIMIT_MB,
         trust: TrustSource = nobody,
+        trials: bool = True,
     ) -> Self:
         """Raises:
         LedgerLockedError: another process has the ledger open.
@@ -71,7 +76,7 @@ class LocalControl(ControlPlane):
         """
         clock = clock or SystemClock()
         ledger = Ledger.open(Path(database), clock=clock, memory_limit_mb=memory_limit_mb)
-        return cls(ledger, clock=clock, trust=trust)
+        return cls(ledger, clock=clock, trust=trust, trials=trials)
 
     def _turn(self) -> None:
         try:

@@ -45,6 +45,7 @@ from casparian_flow.sentinel.loop import CoreLoop, MeteredWriter
 from casparian_flow.sentinel.metrics import SentinelMetrics, gauges_of, serve
 from casparian_flow.sentinel.paths import IN_MEMORY, control_address
 from casparian_flow.sentinel.screening import refusal
+from casparian_flow.sentinel.trial_desk import TrialDesk
 from casparian_flow.sentinel.waker import Waker
 from casparian_flow.sentinel.wire_calls import WireCalls
 from casparian_flow.sentinel.worker_socket import WorkerSocket
@@ -86,6 +87,7 @@ class SentinelConfig:
         limits: what one plugin run may use.
         trust: the rules by which deploys and each load of a plugin are judged; by default nothing
             is trusted.
+        trials: whether a worker tries a deployed version before it becomes active.
         wire_deploy: whether DEPLOY and RELOAD are taken from the workers' socket; None = only
             while it is bound to this machine alone.
     """
@@ -105,6 +107,7 @@ class SentinelConfig:
     limits: Limits = field(default_factory=Limits)
     wire_deploy: bool | None = None
     trust: TrustSource = nobody
+    trials: bool = True
 
     def broker_config(self) -> BrokerConfig:
         """Raises:
@@ -133,6 +136,7 @@ class Sentinel:
     _loop: CoreLoop[Ledger]
     _socket: WorkerSocket
     _wire_calls: WireCalls
+    _desk: TrialDesk
 
     def __init__(self, config: SentinelConfig, *, clock: Clock | None = None) -> None:
         self.config = config
@@ -188,6 +192,7 @@ class Sentinel:
         self._socket = WorkerSocket(config.bind_address, self.metrics, self._reads_batches)
         stack.callback(self._socket.close)
         self.bind_address = self._socket.address
+        self._desk = TrialDesk(self._loop, self._clock, self._waker.wake)
         plane = ControlPlane(
             self._loop,
             database=config.database,
@@ -195,6 +200,8 @@ class Sentinel:
             bind_address=self.bind_address,
             stop=self.stop,
             trust=config.trust,
+            trials=config.trials,
+            desk=self._desk,
         )
         allowed = self._socket.is_local if config.wire_deploy is None else config.wire_deploy
         plane.remove_old_snapshots()
@@ -316,6 +323,9 @@ class Sentinel:
                 if kind is m.Deploy or kind is m.Reload:
                     self._wire_calls.take(event.identity, event.message)
                     continue
+                if isinstance(event.message, m.TrialResult):
+                    self._desk.take(event.identity, event.message)
+                    continue
             self._core.feed(event)
         mono = self._clock.now().mono
         if mono >= next_tick:
@@ -324,6 +334,7 @@ class Sentinel:
             self.metrics.gauges = gauges_of(self._core)
         sends = self._loop.turn()
         sends.extend(self._wire_calls.answers())
+        sends.extend(self._desk.turn())
         if sends:
             self._measure(sends)
             self._socket.send(sends)

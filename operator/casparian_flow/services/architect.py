@@ -4,7 +4,8 @@ import hashlib
 from urllib.parse import quote
 
 from casparian_flow.db.ledger import Ledger
-from casparian_flow.db.wiring import Declared, Release, Topic, record_release
+from casparian_flow.db.releases import record_release
+from casparian_flow.db.wiring import Declared, Release, Topic
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.lockfile import lock_problems
 from casparian_flow.domain.outputs import ANY_TOPIC, parse_sink_uri
@@ -60,6 +61,7 @@ def prepare(bundle: Bundle, verdict: Verdict) -> Release:
         envelope=bundle.envelope.decode("utf-8"),
         signer=verdict.signer,
         key_id=verdict.key_id,
+        samples=bundle.samples,
     )
 
 
@@ -105,8 +107,10 @@ def auto_tag(plugin: str) -> str:
     return f"{tag[: _TAG_CHARS - 13]}-{digest}"
 
 
-def deploy(ledger: Ledger, bundle: Bundle, verdict: Verdict, *, now_us: int) -> Row:
-    """Check a plugin version and record it with its wiring; see `wiring.record_release`.
+def deploy(
+    ledger: Ledger, bundle: Bundle, verdict: Verdict, *, now_us: int, trial: bool = False
+) -> Row:
+    """Check a plugin version and record it with its wiring; see `releases.record_release`.
 
     Raises:
         UntrustedError: the verdict is none that lets it pass.
@@ -114,4 +118,4 @@ def deploy(ledger: Ledger, bundle: Bundle, verdict: Verdict, *, now_us: int) -> 
         ConflictError: the version was deployed before with other bytes.
         LedgerUnavailableError: the commit failed; nothing is recorded.
     """
-    return record_release(ledger, prepare(bundle, verdict), now_us=now_us)
+    return record_release(ledger, prepare(bundle, verdict), now_us=now_us, trial=trial)

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+
+from casparian_flow.domain.records import Sample
 
 ARTIFACT_LABEL = b"casparian-flow artifact v1"
 """Separates these digests from every other use of SHA-256, and from later encodings."""
@@ -38,12 +41,20 @@ def environment_hash(lockfile: str) -> str:
     return hashlib.sha256(lockfile.encode("utf-8")).hexdigest() if lockfile else ""
 
 
-def release_json(plugin_name: str, version: str) -> str:
+def release_json(plugin_name: str, version: str, samples: Iterable[Sample] = ()) -> str:
     """The manifest of a plugin that is one source file: what the source itself cannot fix.
 
     Everything else a plugin declares stands in its source. Canonical JSON, so that whoever holds
-    name and version can make the same text.
+    name, version and samples can make the same text.
     """
-    return json.dumps(
-        {"name": plugin_name, "version": version}, separators=(",", ":"), ensure_ascii=False
-    )
+    document: dict[str, object] = {"name": plugin_name, "version": version}
+    digests = sample_digests(samples)
+    if digests:
+        document["samples"] = digests
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+
+
+def sample_digests(samples: Iterable[Sample]) -> dict[str, str]:
+    """Name → SHA-256 of each sample, by name."""
+    found = {sample.name: hashlib.sha256(sample.content).hexdigest() for sample in samples}
+    return dict(sorted(found.items()))

@@ -1,14 +1,21 @@
 """A plugin version as one file: source, lock file, manifest and signature (docs/artifact.md)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from casparian_flow.domain.lockfile import LOCK_BYTES_MAX
-from casparian_flow.trust.artifact import artifact_hash, framed, release_json
+from casparian_flow.domain.records import Sample
+from casparian_flow.domain.samples import (
+    SAMPLE_NAME_MAX,
+    SAMPLES_BYTES_MAX,
+    SAMPLES_MAX,
+    samples_problem,
+)
+from casparian_flow.trust.artifact import artifact_hash, framed, release_json, sample_digests
 from casparian_flow.trust.errors import BundleError
 
 SUFFIX = ".casparian"
@@ -33,8 +40,14 @@ _LIMITS = {
 }
 """The parts in their order, with the most bytes each may have."""
 
+_SAMPLES_PART_MAX = SAMPLES_BYTES_MAX + SAMPLES_MAX * (2 * _LENGTH_BYTES + SAMPLE_NAME_MAX)
+
 BUNDLE_BYTES_MAX = (
-    _LENGTH_BYTES + len(BUNDLE_LABEL) + sum(limit + _LENGTH_BYTES for limit in _LIMITS.values())
+    _LENGTH_BYTES
+    + len(BUNDLE_LABEL)
+    + sum(limit + _LENGTH_BYTES for limit in _LIMITS.values())
+    + _LENGTH_BYTES
+    + _SAMPLES_PART_MAX
 )
 
 
@@ -46,6 +59,8 @@ class Bundle:
         source, lockfile, manifest_json: exact text; lockfile is "" for none.
         artifact_hash: what whoever made the bundle computed, 64 hex digits.
         envelope: the signature (trust/envelope.py), b"" for none.
+        samples: files to try the version on, by name; the manifest holds their digests. Not there
+            where a version is only to be loaded.
     """
 
     name: str
@@ -55,6 +70,7 @@ class Bundle:
     manifest_json: str
     artifact_hash: str
     envelope: bytes = b""
+    samples: tuple[Sample, ...] = ()
 
     def computed_hash(self) -> str:
         """The artifact hash of the parts as they are."""
@@ -65,11 +81,14 @@ class Bundle:
         return replace(self, envelope=envelope)
 
 
-def make_bundle(name: str, version: str, source: str, lockfile: str = "") -> Bundle:
+def make_bundle(
+    name: str, version: str, source: str, lockfile: str = "", samples: Iterable[Sample] = ()
+) -> Bundle:
     """An unsigned bundle of these parts, with manifest and hash computed."""
-    manifest_json = release_json(name, version)
+    ordered = tuple(sorted(samples, key=lambda sample: sample.name))
+    manifest_json = release_json(name, version, ordered)
     digest = artifact_hash(source, lockfile, manifest_json)
-    return Bundle(name, version, source, lockfile, manifest_json, digest)
+    return Bundle(name, version, source, lockfile, manifest_json, digest, samples=ordered)
 
 
 def pack(bundle: Bundle) -> bytes:
@@ -87,13 +106,16 @@ def pack(bundle: Bundle) -> bytes:
         if len(raw) > limit:
             raise _too_large(part, limit)
         chunks.append(framed(raw))
+    if bundle.samples:
+        chunks.append(framed(_packed_samples(bundle.samples)))
     return b"".join(chunks)
 
 
 def unpack(data: bytes) -> Bundle:
     """Read a bundle. Its form is checked, not what it says: that is `TrustPolicy.check`'s task.
 
-    There is one way only to write a bundle, so `pack(unpack(data)) == data`.
+    There is one way only to write a bundle, so `pack(unpack(data)) == data`. The samples are those
+    that the manifest names.
 
     Raises:
         BundleError: it is none, was cut off or has something behind its end; the message names
@@ -104,9 +126,11 @@ def unpack(data: bytes) -> Bundle:
             "this is no plugin bundle", hint="Make one with 'casparian publish --out'."
         )
     parts = dict(_parts(data, len(framed(BUNDLE_LABEL))))
-    texts = {part: _text(part, raw) for part, raw in parts.items() if part != "envelope"}
+    texts = {part: _text(part, raw) for part, raw in parts.items() if part not in _BINARY}
     if not _SHA256.fullmatch(texts["artifact hash"]):
         raise BundleError("the bundle's artifact hash is not 64 hex digits", hint=_DAMAGED)
+    samples = _unpacked_samples(parts.get("samples", b""))
+    check_samples(samples, texts["manifest"])
     return Bundle(
         name=texts["name"],
         version=texts["version"],
@@ -115,7 +139,31 @@ def unpack(data: bytes) -> Bundle:
         manifest_json=texts["manifest"],
         artifact_hash=texts["artifact hash"],
         envelope=parts["envelope"],
+        samples=samples,
     )
+
+
+def check_samples(samples: Iterable[Sample], manifest_json: str) -> None:
+    """Make sure that these are the samples which a manifest names, all of them.
+
+    Raises:
+        BundleError: they are not; the message names the first that differs.
+    """
+    given = sample_digests(samples)
+    named = _named_samples(manifest_json)
+    for name in sorted(set(given) | set(named)):
+        if given.get(name) != named.get(name):
+            missing = "is missing" if name not in given else "does not match the manifest"
+            raise BundleError(f"sample {name[:SAMPLE_NAME_MAX]!r} {missing}", hint=_DAMAGED)
+
+
+def _named_samples(manifest_json: str) -> dict[str, object]:
+    try:
+        document: Any = msgspec.json.decode(manifest_json.encode("utf-8"))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return {}  # what else is wrong with it, the policy tells
+    samples = document.get("samples") if isinstance(document, dict) else None
+    return samples if isinstance(samples, dict) else {}
 
 
 def manifest_names(manifest_json: str) -> tuple[str, str]:
@@ -138,6 +186,7 @@ def manifest_names(manifest_json: str) -> tuple[str, str]:
     return name, version
 
 
+_BINARY = frozenset({"envelope", "samples"})
 _DAMAGED = "The file was cut off or altered: fetch it again, or publish the plugin again."
 
 
@@ -165,8 +214,43 @@ def _parts(data: bytes, start: int) -> Iterator[tuple[str, bytes]]:
         if start > len(data):
             raise BundleError(f"the bundle ends within its {part}", hint=_DAMAGED)
         yield part, data[body:start]
-    if start != len(data):
+    if start == len(data):
+        return
+    body = start + _LENGTH_BYTES
+    size = int.from_bytes(data[start:body], "big")
+    if body + size == len(data) and 0 < size <= _SAMPLES_PART_MAX:
+        yield "samples", data[body:]
+    else:
         raise BundleError(f"{len(data) - start} bytes follow the bundle's end", hint=_DAMAGED)
+
+
+def _packed_samples(samples: tuple[Sample, ...]) -> bytes:
+    problem = samples_problem(samples)
+    if problem:
+        raise BundleError(problem)
+    ordered = sorted(samples, key=lambda sample: sample.name)
+    return b"".join(
+        framed(part) for sample in ordered for part in (sample.name.encode(), sample.content)
+    )
+
+
+def _unpacked_samples(data: bytes) -> tuple[Sample, ...]:
+    pieces: list[bytes] = []
+    start = 0
+    while start < len(data):
+        body = start + _LENGTH_BYTES
+        start = body + int.from_bytes(data[start:body], "big")
+        if start > len(data) or len(pieces) >= 2 * SAMPLES_MAX:
+            raise BundleError("the bundle's samples cannot be read", hint=_DAMAGED)
+        pieces.append(data[body:start])
+    if len(pieces) % 2:
+        raise BundleError("the bundle's samples cannot be read", hint=_DAMAGED)
+    names = [_text("samples", name) for name in pieces[::2]]
+    samples = tuple(map(Sample, names, pieces[1::2]))
+    problem = samples_problem(samples)
+    if problem or names != sorted(names):
+        raise BundleError(problem or "the bundle's samples are not in order", hint=_DAMAGED)
+    return samples
 
 
 def _text(part: str, raw: bytes) -> str:
