@@ -32,6 +32,10 @@ output_root = "{folder}/output"
 scratch = "{folder}/scratch"
 cache_dir = "{folder}/cache"
 
+[trust]
+allow_unsigned = true
+gatekeeper = "off"
+
 [logging]
 level = "WARNING"
 """

@@ -1,6 +1,7 @@
 """Starts real worker processes for tests and builds what a Sentinel sends them."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import psutil
 from scripted_sentinel import ScriptedSentinel
+from signing_kit import KEY, SIGNER, WALL_US, signed
 
 from casparian_flow.domain.outputs import SinkSpec
 from casparian_flow.domain.records import Limits
 from casparian_flow.protocol import messages as m
+from casparian_flow.trust.keys import public_text
 from casparian_worker.sinks.base import token_of_stage
 
 ROWS_PLUGIN = """
@@ -49,9 +52,11 @@ def plugin_spec(
     spec_id: str = "spec-1",
     limits: Limits | None = None,
 ) -> m.Plugin:
+    bundle = signed(source, "demo", "1.2.3")
     return m.Plugin(
-        spec_id, "demo", "1.2.3", "artifact-1", source, "", "", tuple(sinks), "{}", "params-1",
-        limits or Limits(timeout_s=20.0),
+        spec_id, "demo", "1.2.3", bundle.artifact_hash, bundle.source, "", "", tuple(sinks), "{}",
+        "params-1", limits or Limits(timeout_s=20.0), bundle.manifest_json,
+        bundle.envelope.decode(), WALL_US,
     )  # fmt: skip
 
 
@@ -116,6 +121,9 @@ def worker_process(
         **os.environ,
         "CASPARIAN_WORKER__SCRATCH": str(folder / "scratch"),
         "CASPARIAN_WORKER__CACHE_DIR": str(folder / "cache"),
+        "CASPARIAN_TRUST__ALLOWED_SIGNERS": json.dumps([SIGNER]),
+        "CASPARIAN_TRUST__KEYS": json.dumps({SIGNER: [{"public": public_text(KEY.public_key())}]}),
+        "CASPARIAN_TRUST__GATEKEEPER": "off",
     }
     command = [
         sys.executable, "-m", "casparian_flow.engine.worker_client", "--connect", address,

@@ -6,7 +6,8 @@ line ends inside quotes, a byte order mark, and Latin-1 where the file is no UTF
 
 import codecs
 import re
-from pathlib import Path
+from pathlib import PurePath
+from typing import BinaryIO
 
 from pyarrow import csv
 
@@ -23,24 +24,24 @@ MANIFEST = PluginMetadata(
 
 class Handler(BasePlugin):
     def execute(self, file_path: str) -> None:
-        # Opened by Python, which takes names that are no UTF-8 too.
-        with open(file_path, "rb") as file:
+        with self.open_input() as file:
+            encoding = encoding_of(file)
+            file.seek(0)
             reader = csv.open_csv(
                 file,
-                read_options=csv.ReadOptions(block_size=4 << 20, encoding=encoding_of(file_path)),
+                read_options=csv.ReadOptions(block_size=4 << 20, encoding=encoding),
                 parse_options=csv.ParseOptions(newlines_in_values=True),
             )
             self.publish(topic_of(file_path), reader)
 
 
-def encoding_of(path: str) -> str:
+def encoding_of(file: BinaryIO) -> str:
     """UTF-8 if the whole file is, else Latin-1."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
+        while block := file.read(1 << 20):
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return "latin-1"
     return "utf-8"
@@ -48,4 +49,4 @@ def encoding_of(path: str) -> str:
 
 def topic_of(path: str) -> str:
     """The file's name, without what a topic may not have."""
-    return re.sub(r"[^A-Za-z0-9_]+", "_", Path(path).stem).strip("_")[:100] or "table"
+    return re.sub(r"[^A-Za-z0-9_]+", "_", PurePath(path).stem).strip("_")[:100] or "table"

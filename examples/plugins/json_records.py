@@ -7,8 +7,8 @@ Files named `.jsonl` want a rule: `casparian rules add '*.jsonl' auto_json_recor
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import PurePath
+from typing import Any, TextIO
 
 from casparian_flow.sdk import BasePlugin, PermanentError, PluginMetadata
 
@@ -22,24 +22,24 @@ MANIFEST = PluginMetadata(
 
 class Handler(BasePlugin):
     def execute(self, file_path: str) -> None:
-        topic = re.sub(r"[^A-Za-z0-9_]+", "_", Path(file_path).stem) or "records"
-        self.publish(topic, records(file_path))
+        topic = re.sub(r"[^A-Za-z0-9_]+", "_", PurePath(file_path).stem) or "records"
+        with self.open_input("r", encoding="utf-8-sig") as file:
+            self.publish(topic, records(file))
 
 
-def records(path: str) -> Iterator[dict[str, Any]]:
+def records(file: TextIO) -> Iterator[dict[str, Any]]:
     """The records of a file, one by one."""
-    with open(path, encoding="utf-8-sig") as file:
-        if file.read(4096).lstrip().startswith("["):
-            file.seek(0)
-            yield from map(flat, json.load(file))
-            return
+    if file.read(4096).lstrip().startswith("["):
         file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield flat(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise PermanentError(f"line {number}: {error.msg}") from error
+        yield from map(flat, json.load(file))
+        return
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield flat(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise PermanentError(f"line {number}: {error.msg}") from error
 
 
 def flat(record: Any) -> dict[str, Any]:

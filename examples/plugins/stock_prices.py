@@ -32,5 +32,5 @@ class Handler(BasePlugin):
     def execute(self, file_path: str) -> None:
         text = dict.fromkeys(("symbol", "date", "price"), string())
         options = csv.ConvertOptions(column_types=text, strings_can_be_null=True)
-        with open(file_path, "rb") as file:
+        with self.open_input() as file:
             self.publish("stock_prices", csv.open_csv(file, convert_options=options))

@@ -18,6 +18,7 @@ class Reason(StrEnum):
     QUARANTINE_LIMIT = "quarantine_limit"
     SINK = "sink"
     SINK_CONFLICT = "sink_conflict"
+    UNTRUSTED = "untrusted"
     ENVIRONMENT = "environment"
     SANDBOX = "sandbox"
     DISK_FULL = "disk_full"
@@ -57,6 +58,7 @@ RULES: dict[Reason, ReasonRule] = {
     Reason.QUARANTINE_LIMIT: ReasonRule("more bad rows than the quarantine policy allows", False),
     Reason.SINK: ReasonRule("a sink failed", True),
     Reason.SINK_CONFLICT: ReasonRule("the sink holds other data under this output's name", False),
+    Reason.UNTRUSTED: ReasonRule("the worker's trust rules refuse the plugin's code", False),
     Reason.ENVIRONMENT: ReasonRule("the plugin's environment could not be made", False),
     Reason.SANDBOX: ReasonRule("the sandbox refused or could not be set up", False),
     Reason.DISK_FULL: ReasonRule("no space left for scratch or output", True),

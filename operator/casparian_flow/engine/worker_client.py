@@ -21,8 +21,10 @@ from casparian_flow.config import (
     overridden,
     worker_address,
 )
+from casparian_flow.config_trust import trust_source
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, UsageError
+from casparian_flow.trust.rules import TrustSource
 from casparian_worker.process import ProcessConfig, run
 from casparian_worker.runtime import PluginRuntime, SandboxPolicy
 from casparian_worker.sinks.base import MssqlSettings
@@ -61,12 +63,23 @@ def _runtime(settings: Settings) -> PluginRuntime:
             policy=SandboxPolicy(required=settings.sandbox.require),
             clock=SystemClock(),
             progress=log.info,
+            trust=_trust(settings),
         )
     except OSError as error:
         raise UsageError(
             f"cannot use {error.filename or scratch}: {error.strerror}",
             hint="Set [worker] scratch and cache_dir to folders that can be written.",
         ) from error
+
+
+def _trust(settings: Settings) -> TrustSource:
+    if not settings.trust.allowed_signers and not settings.trust.allow_unsigned:
+        log.warning(
+            "this worker trusts nobody, so it will run no plugin: copy the section [trust] of the "
+            "Sentinel's configuration into %s",
+            settings.file or "its own",
+        )
+    return trust_source(settings)
 
 
 def _user_cache() -> Path:

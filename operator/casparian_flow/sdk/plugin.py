@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO, Literal, TextIO, overload
 
 import pyarrow as pa
 
@@ -24,6 +24,7 @@ class BasePlugin:
 
     _publisher: Publisher | None = None
     _published: dict[str, pa.Table] | None = None
+    _input: str | None = None
 
     def configure(self, ctx: PluginContext, config: Mapping[str, Any]) -> None:
         """Called once, before the first file, with the plugin's parameters."""
@@ -35,6 +36,44 @@ class BasePlugin:
     def consume(self, event: FileEvent) -> Any:
         """Process one file version; by default `execute(event.path)`."""
         return self.execute(event.path)
+
+    @overload
+    def open_input(self, mode: Literal["rb"] = "rb") -> BinaryIO: ...
+
+    @overload
+    def open_input(
+        self,
+        mode: Literal["r"],
+        *,
+        encoding: str = "utf-8",
+        errors: str = "strict",
+        newline: str | None = None,
+    ) -> TextIO: ...
+
+    def open_input(
+        self,
+        mode: Literal["rb", "r"] = "rb",
+        *,
+        encoding: str = "utf-8",
+        errors: str = "strict",
+        newline: str | None = None,
+    ) -> BinaryIO | TextIO:
+        """Open the file that is being processed, for reading. Close it, or use it in a `with`.
+
+        Args:
+            mode: "rb" for bytes, "r" for text.
+            encoding, errors, newline: of text, as for `open`.
+
+        Raises:
+            ValueError: another mode, or no file is being processed.
+        """
+        if mode not in {"rb", "r"}:
+            raise ValueError(f"an input is opened in mode 'rb' or 'r', not {mode!r}")
+        if self._input is None:
+            raise ValueError("no file is being processed: call open_input in execute or consume")
+        if mode == "rb":
+            return open(self._input, "rb")
+        return open(self._input, encoding=encoding, errors=errors, newline=newline)
 
     def publish(self, topic: str, data: Any) -> None:
         """Send rows to a topic. May be called any number of times; order is kept.
@@ -114,9 +153,13 @@ def deliver(plugin: BasePlugin, event: FileEvent, topic: str) -> None:
     Raises:
         TypeError: rows were returned and there is no topic for them, or they are no rows.
     """
-    result = plugin.consume(event)
-    for name, data in _addressed(result):
-        plugin.publish(_required_topic(name or topic), data)
+    plugin._input = event.path  # noqa: SLF001 - what `open_input` opens
+    try:
+        # Also while what it yields is read: a generator opens its input only then.
+        for name, data in _addressed(plugin.consume(event)):
+            plugin.publish(_required_topic(name or topic), data)
+    finally:
+        plugin._input = None  # noqa: SLF001
 
 
 def _addressed(result: Any) -> Iterator[tuple[str, Any]]:
