@@ -164,6 +164,32 @@ class LoggingSettings(_Section):
     """Least severity that is logged."""
 
 
+class ApprovalsSettings(_Section):
+    """Requests that wait for a person."""
+
+    allow_self: bool | None = None
+    """Whether who asked may approve it too. Unset: only while workers connect on this machine
+    alone, so that one person is behind everything."""
+
+
+class RetentionSettings(_Section):
+    """How long history is kept. 0 keeps it for ever; what an output's lineage refers to always
+    stays."""
+
+    api_job_hours: Annotated[float, Field(ge=0, le=1e6)] = 720.0
+    """Hours that a finished job of the API is kept."""
+    api_event_hours: Annotated[float, Field(ge=0, le=1e6)] = 168.0
+    """Hours that events of finished jobs of the API are kept."""
+    job_hours: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Hours that ended jobs without outputs, of versions that are not current, are kept."""
+    version_hours: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Hours that a file's oldest versions are kept after they were seen, if no job is left."""
+    dead_letter_hours: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Hours that dead letters are kept."""
+    interval_minutes: Annotated[float, Field(ge=0.01, le=10_080)] = 60.0
+    """Minutes between two clean-ups."""
+
+
 class SandboxSettings(_Section):
     """What must hold around a plugin."""
 
@@ -238,6 +264,8 @@ class Settings(BaseSettings):
     sinks: SinksSettings = SinksSettings()
     logging: LoggingSettings = LoggingSettings()
     sandbox: SandboxSettings = SandboxSettings()
+    approvals: ApprovalsSettings = ApprovalsSettings()
+    retention: RetentionSettings = RetentionSettings()
     trust: TrustSettings = TrustSettings()
 
     _file: Path | None = PrivateAttr(default=None)
@@ -462,7 +490,7 @@ def type_name(annotation: Any) -> str:
         return "list of text"
     if origin is dict:
         return "table"
-    names = {int: "whole number", float: "number", Path: "path"}
+    names = {int: "whole number", float: "number", bool: "true or false", Path: "path"}
     return names.get(annotation, "text")
 
 

@@ -23,9 +23,7 @@ def setup_storage() -> ApiStorage:
     return storage
 
 
-def test_api_storage_is_used_as_printed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_api_storage_is_used_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     storage = ApiStorage.open("duckdb:casparian_flow.duckdb")
     storage.init_schema()

@@ -64,6 +64,8 @@ WAITERS_MAX: Final = 128
 """Calls that wait for news without a thread of their own."""
 _SCHEME: Final = "duckdb:"
 _US_PER_HOUR: Final = 3_600_000_000
+HOURS_MAX: Final = 1e7
+"""An age beyond every ledger's."""
 
 
 class ApiStorage:
@@ -466,7 +468,7 @@ def checked_wait(seconds: object) -> float:
 
 
 def _age_us(hours: object) -> int:
-    if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 <= hours <= 1e7:
+    if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 <= hours <= HOURS_MAX:
         raise UsageError(f"{str(hours)[:80]} is no number of hours")
     return int(hours * _US_PER_HOUR)
 

@@ -30,9 +30,9 @@ RULES: Final[tuple[tuple[str, str], ...]] = (
            WHERE NOT EXISTS (SELECT 1 FROM cf_file_location l WHERE l.id = v.location_id)""",
     ),
     (
-        "location {} has versions up to {}, but only {} of them",
-        """SELECT location_id, max(seq), count(*) FROM cf_file_version
-           GROUP BY location_id HAVING max(seq) <> count(*)""",
+        "location {} has versions {} to {}, but only {} of them",
+        """SELECT location_id, min(seq), max(seq), count(*) FROM cf_file_version
+           GROUP BY location_id HAVING max(seq) - min(seq) + 1 <> count(*)""",
     ),
     (
         "version {} has content {}, which is not in the registry",
@@ -128,6 +128,41 @@ RULES: Final[tuple[tuple[str, str], ...]] = (
         "plugin version {} needs environment {}, which does not exist",
         """SELECT m.id, m.env_hash FROM cf_plugin_manifest m WHERE m.env_hash IS NOT NULL
              AND NOT EXISTS (SELECT 1 FROM cf_plugin_environment e WHERE e.hash = m.env_hash)""",
+    ),
+    (
+        "API job {} has events {} to {} after {} removed ones, but only {} of them",
+        """SELECT j.job_id, min(e.event_id), max(e.event_id), j.events_removed_to, count(*)
+           FROM cf_api_jobs j JOIN cf_api_events e ON e.job_id = j.job_id
+           GROUP BY j.job_id, j.events_removed_to
+           HAVING min(e.event_id) <> j.events_removed_to + 1
+             OR max(e.event_id) - min(e.event_id) + 1 <> count(*)""",
+    ),
+    (
+        "event {} is of API job {}, which does not exist",
+        """SELECT e.id, e.job_id FROM cf_api_events e
+           WHERE NOT EXISTS (SELECT 1 FROM cf_api_jobs j WHERE j.job_id = e.job_id)""",
+    ),
+    (
+        "API job {} is {} and was ended at {}",
+        """SELECT job_id, status, finished_at FROM cf_api_jobs
+           WHERE (finished_at IS NULL) = (status IN ('completed', 'failed', 'cancelled'))""",
+    ),
+    (
+        "approval {} has started {} API jobs",
+        """SELECT approval_id, count(*) FROM cf_api_jobs WHERE approval_id IS NOT NULL
+           GROUP BY approval_id HAVING count(*) > 1""",
+    ),
+    (
+        "API job {} names approval {}, which is not its own",
+        """SELECT j.job_id, j.approval_id FROM cf_api_jobs j
+           WHERE j.approval_id IS NOT NULL AND NOT EXISTS (
+             SELECT 1 FROM cf_api_approvals a
+             WHERE a.approval_id = j.approval_id AND a.job_id = j.job_id)""",
+    ),
+    (
+        "approval {} is {}, but has started API job {}",
+        """SELECT approval_id, status, job_id FROM cf_api_approvals
+           WHERE job_id IS NOT NULL AND status NOT IN ('approved', 'stale')""",
     ),
 )
 _LINES_MAX: Final = 20

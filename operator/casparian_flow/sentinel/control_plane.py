@@ -161,6 +161,10 @@ class ControlPlane:
         """Run in the ledger's thread, where neither jobs nor wiring change."""
         return self._loop.call(fn).result()
 
+    def on_ledger(self, fn: Callable[[Ledger], T]) -> T:
+        """Run something in the ledger's thread that neither makes jobs nor changes the wiring."""
+        return self._write(fn)
+
     def _enlist(self, fn: Callable[[Ledger], tuple[T, Sequence[Job]]]) -> T:
         return self._loop.enlist(fn).result()
 

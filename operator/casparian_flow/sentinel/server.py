@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
+from casparian_flow.db.retention import HistoryAges
 from casparian_flow.db.writer import LedgerThread
 from casparian_flow.domain.clock import Clock, SystemClock, system_random
 from casparian_flow.domain.errors import (
@@ -41,6 +42,7 @@ from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.sentinel.control_server import ControlServer
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.events import Drain, Send, Tick, WorkerMessage
+from casparian_flow.sentinel.housekeeping import Housekeeping, Retention
 from casparian_flow.sentinel.loop import CoreLoop, MeteredWriter
 from casparian_flow.sentinel.metrics import SentinelMetrics, gauges_of, serve
 from casparian_flow.sentinel.paths import IN_MEMORY, control_address
@@ -90,6 +92,8 @@ class SentinelConfig:
         trials: whether a worker tries a deployed version before it becomes active.
         wire_deploy: whether DEPLOY and RELOAD are taken from the workers' socket; None = only
             while it is bound to this machine alone.
+        allow_self_approval: whether who asked may approve; None = likewise.
+        retention: how long history is kept; by default for ever.
     """
 
     bind_address: str = "tcp://127.0.0.1:5555"
@@ -106,6 +110,8 @@ class SentinelConfig:
     memory_limit_mb: int = MEMORY_LIMIT_MB
     limits: Limits = field(default_factory=Limits)
     wire_deploy: bool | None = None
+    allow_self_approval: bool | None = None
+    retention: Retention = field(default_factory=Retention)
     trust: TrustSource = nobody
     trials: bool = True
 
@@ -199,6 +205,7 @@ class Sentinel:
             clock=self._clock,
             bind_address=self.bind_address,
             stop=self.stop,
+            allow_self_approval=self._allows_self_approval(),
             trust=config.trust,
             trials=config.trials,
             desk=self._desk,
@@ -208,11 +215,17 @@ class Sentinel:
         self._wire_calls = WireCalls(plane, self._waker.wake, allowed=allowed)
         stack.callback(self._wire_calls.close)
         self._open_control(stack, plane)
+        keeper = Housekeeping(plane.api, plane.on_ledger, config.retention, self._clock)
+        stack.callback(keeper.close)
         # First of all at the end, also after a bug: calls that wait for a turn would otherwise
         # keep the threads that serve them, and those this process, for ever.
         stack.callback(self._loop.close)
         self._open_metrics(stack)
         log.info("sentinel ready: workers at %s", self.bind_address)
+
+    def _allows_self_approval(self) -> bool:
+        allowed = self.config.allow_self_approval
+        return self._socket.is_local if allowed is None else allowed
 
     def _open_ledger(self) -> Ledger:
         if str(self.config.database) == IN_MEMORY:
@@ -431,6 +444,8 @@ def config_of(settings: "Settings") -> SentinelConfig:
         max_retries=own.max_retries,
         retry_base_s=own.retry_base_seconds,
         breaker_failures=own.breaker_failures,
+        allow_self_approval=settings.approvals.allow_self,
+        retention=_retention(settings),
         limits=Limits(
             timeout_s=worker.job_timeout_seconds,
             memory_mb=worker.memory_mb,
@@ -439,4 +454,18 @@ def config_of(settings: "Settings") -> SentinelConfig:
             recycle_after=worker.recycle_after,
         ),
         trust=trust_source(settings),
+    )
+
+
+def _retention(settings: "Settings") -> Retention:
+    kept = settings.retention
+    return Retention(
+        api_job_hours=kept.api_job_hours or None,
+        api_event_hours=kept.api_event_hours or None,
+        history=HistoryAges(
+            jobs=kept.job_hours or None,
+            versions=kept.version_hours or None,
+            dead_letters=kept.dead_letter_hours or None,
+        ),
+        every_s=kept.interval_minutes * 60,
     )

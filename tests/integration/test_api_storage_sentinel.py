@@ -1,0 +1,332 @@
+"""The API's storage in a running Sentinel: over the control socket, beside jobs, across kills."""
+
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from casparian_flow.db.api_storage import WAITERS_MAX, ApiStorage
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.domain.clock import SystemClock
+from casparian_flow.domain.errors import (
+    ConflictError,
+    NotFoundError,
+    NotPermittedError,
+    UsageError,
+)
+from casparian_flow.protocol import (
+    ApprovalBinding,
+    ApprovalOperation,
+    ApprovalStatus,
+    EventType,
+    HttpJobStatus,
+    HttpJobType,
+    OutputInfo,
+)
+from casparian_flow.sentinel import Sentinel, SentinelConfig
+from casparian_flow.sentinel.api import ApiClient
+from casparian_flow.sentinel.api_calls import carry_out
+from casparian_flow.sentinel.caller import Caller
+from casparian_flow.sentinel.control import connect
+from casparian_flow.sentinel.housekeeping import Retention
+
+ME = pwd.getpwuid(os.geteuid()).pw_name
+RUN = ApprovalOperation.Run(plugin_name="p", input_dir="/in", file_count=3)
+BINDING = ApprovalBinding(
+    artifact_hash="a1", files_digest="f1", file_count=3, sink="s", parameters_hash="{}"
+)
+PATIENCE_S = 20.0
+
+
+class Running:
+    """A Sentinel in a thread."""
+
+    def __init__(self, database: Path, **config: object) -> None:
+        self.database = database
+        self.sentinel = Sentinel(
+            SentinelConfig(bind_address="tcp://127.0.0.1:*", database=database, **config)  # type: ignore[arg-type]
+        )
+        self._thread = threading.Thread(target=self.sentinel.run)
+        self._thread.start()
+        assert self.sentinel.wait_started(PATIENCE_S)
+
+    def close(self) -> None:
+        self.sentinel.stop()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "casparian_flow.duckdb"
+
+
+@pytest.fixture
+def api(database: Path) -> Iterator[ApiClient]:
+    running = Running(database)
+    # The file is open in this very process: only the control socket is left.
+    with ApiStorage.open(f"duckdb:{database}") as client:
+        yield client
+    running.close()
+
+
+def new_job(api: ApiClient) -> int:
+    return api.create_job(HttpJobType.RUN, "p", "1.0", "/in", "parquet://out")
+
+
+def test_api_storage_is_the_same_over_the_control_socket(api: ApiClient) -> None:
+    api.init_schema()
+    job_id = new_job(api)
+    assert api.update_job_status(job_id, HttpJobStatus.RUNNING)
+    assert api.insert_event(job_id, EventType.JobStarted()) == 1
+    assert api.insert_events(job_id, [EventType.Phase("a"), EventType.Phase("b")]) == [2, 3]
+    assert api.next_event_id(job_id) == 4
+    assert [e.payload for e in api.list_events(job_id, 1)] == [
+        EventType.Phase("a"),
+        EventType.Phase("b"),
+    ]
+    assert api.update_job_progress(job_id, "read", 1, 3)
+    output = OutputInfo(name="t", sink_uri="parquet://out", rows=3)
+    assert api.update_job_result(job_id, 3, 90, [output], {"files": 1})
+    assert api.finish_job(job_id, HttpJobStatus.COMPLETED)
+    job = api.get_job(job_id)
+    assert job is not None
+    assert job.result is not None
+    assert (job.status, job.result.outputs) == (HttpJobStatus.COMPLETED, [output])
+    assert not api.cancel_job(job_id)
+    assert [j.job_id for j in api.list_jobs(HttpJobStatus.COMPLETED)] == [job_id]
+    assert api.cleanup_old_data(0, 0) == (1, 4)
+    with pytest.raises(NotFoundError):
+        api.insert_event(job_id, EventType.JobStarted())
+    with pytest.raises(UsageError):
+        api.list_jobs("done")  # type: ignore[arg-type]
+
+
+def test_a_decision_is_that_of_the_user_whom_the_kernel_names(api: ApiClient) -> None:
+    approval_id = api.generate_approval_id()
+    api.create_approval(approval_id, RUN, "Run p", timedelta(hours=1), binding=BINDING)
+    assert api.approve(approval_id, "somebody else", binding=BINDING)
+    approval = api.get_approval(approval_id)
+    assert approval is not None
+    assert (approval.decided_by, approval.requester) == (ME, ME)
+    job_id = api.start_approved(approval_id, binding=BINDING)
+    assert job_id == api.start_approved(approval_id, binding=BINDING)
+    assert not api.reject(approval_id, None, "too late")
+    assert [a.approval_id for a in api.list_approvals(ApprovalStatus.APPROVED)] == [approval_id]
+
+
+def test_nobody_decides_over_a_socket_that_names_nobody() -> None:
+    with Ledger.in_memory(clock=SystemClock()) as ledger:
+        storage = ApiStorage(ledger)
+        for method in ("approve", "reject"):
+            with pytest.raises(NotPermittedError):
+                carry_out(storage, storage, method, {"approval_id": "a"}, Caller("tcp"))
+
+
+def test_a_sentinel_may_forbid_to_approve_ones_own_request(database: Path) -> None:
+    running = Running(database, allow_self_approval=False)
+    with connect(database) as control:
+        approval_id = control.api.generate_approval_id()
+        control.api.create_approval(approval_id, RUN, "Run p", timedelta(hours=1))
+        with pytest.raises(NotPermittedError):
+            control.api.approve(approval_id)
+        control.api.create_approval("other", RUN, "Run p", timedelta(hours=1), requester="ann")
+        assert control.api.approve("other")
+    running.close()
+
+
+def test_who_waits_is_woken_by_an_insert_at_once(api: ApiClient) -> None:
+    job_id = new_job(api)
+    woken: list[float] = []
+    waiting = threading.Event()
+
+    def follow() -> None:
+        after = 0
+        while True:
+            waiting.set()
+            events = api.wait_events(job_id, after, PATIENCE_S)
+            woken.append(time.perf_counter())
+            after = events[-1].event_id
+            if events[-1].event_type == "job_finished":
+                return
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    inserted = []
+    for n in range(10):
+        waiting.wait(PATIENCE_S)
+        waiting.clear()
+        threading.Event().wait(0.02)  # until it is really waiting, as a rule
+        api.insert_event(job_id, EventType.Phase(str(n)))
+        inserted.append(time.perf_counter())
+    waiting.wait(PATIENCE_S)
+    api.cancel_job(job_id)
+    follower.join(PATIENCE_S)
+    assert len(woken) == 11
+    lags = sorted(w - i for w, i in zip(woken, inserted, strict=False))
+    assert lags[len(lags) // 2] < 0.1
+
+
+def test_a_wait_ends_without_news_and_with_those_of_the_status(api: ApiClient) -> None:
+    job_id = new_job(api)
+    assert api.wait_events(job_id, 0, 0.05) == []
+    threading.Timer(0.1, api.update_job_status, (job_id, HttpJobStatus.RUNNING)).start()
+    assert api.wait_events(job_id, 0, PATIENCE_S) == []
+    job = api.get_job(job_id)
+    assert job is not None
+    assert job.status is HttpJobStatus.RUNNING
+
+
+def test_many_may_wait_and_others_are_served_meanwhile(api: ApiClient) -> None:
+    job_id = new_job(api)
+    found: list[int] = []
+    waiters = [
+        threading.Thread(target=lambda: found.append(len(api.wait_events(job_id, 0, PATIENCE_S))))
+        for _ in range(20)
+    ]
+    for waiter in waiters:
+        waiter.start()
+    other = new_job(api)
+    assert [api.insert_event(other, EventType.Phase("x")) for _ in range(5)] == [1, 2, 3, 4, 5]
+    api.insert_event(job_id, EventType.JobStarted())
+    for waiter in waiters:
+        waiter.join(PATIENCE_S)
+    assert found == [1] * 20
+
+
+def test_no_more_than_so_many_wait() -> None:
+    with Ledger.in_memory(clock=SystemClock()) as ledger:
+        storage = ApiStorage(ledger)
+        job_id = storage.create_job(HttpJobType.RUN, "p", None, "/in")
+        waits = [storage.events_later(job_id, 0, PATIENCE_S) for _ in range(WAITERS_MAX)]
+        with pytest.raises(ConflictError):
+            storage.events_later(job_id, 0, PATIENCE_S)
+        storage.insert_event(job_id, EventType.JobStarted())
+        assert all(len(wait.result(PATIENCE_S)) == 1 for wait in waits)
+        assert storage.events_later(job_id, 1, 0.01).result(PATIENCE_S) == []
+
+
+def test_requests_expire_and_old_jobs_go_by_the_clock(database: Path) -> None:
+    retention = Retention(api_job_hours=0.0, api_event_hours=0.0, every_s=0.1)
+    running = Running(database, retention=retention)
+    with connect(database) as control:
+        control.api.create_approval("a", RUN, "Run p", timedelta(milliseconds=1))
+        job_id = new_job(control.api)
+        control.api.cancel_job(job_id)
+        for _ in range(60):
+            if control.api.get_job(job_id) is None:
+                break
+            threading.Event().wait(0.05)
+        assert control.api.get_job(job_id) is None
+    running.close()
+    with Ledger.open(database, clock=SystemClock()) as ledger:
+        assert ledger.query("SELECT status FROM cf_api_approvals") == [{"status": "expired"}]
+        assert ledger.check() == []
+
+
+def test_100_000_events_are_read_page_by_page(database: Path) -> None:
+    with ApiStorage.open(f"duckdb:{database}") as api:
+        job_id = new_job(api)
+        for first in range(0, 100_000, 10_000):
+            api.insert_events(
+                job_id, [EventType.Phase(str(n)) for n in range(first, first + 10_000)]
+            )
+        after = count = 0
+        while events := api.list_events(job_id, after, 1_000):
+            assert [e.event_id for e in events] == list(range(after + 1, after + 1_001))
+            after, count = events[-1].event_id, count + len(events)
+        assert count == 100_000
+
+
+CALLER = """
+    import sys, threading
+    from casparian_flow.protocol import EventType, HttpJobType
+    from casparian_flow.sentinel import ApiStorage
+    storage = ApiStorage.open("duckdb:" + sys.argv[1])
+    jobs = [storage.create_job(HttpJobType.RUN, "p", None, "/in") for _ in range(3)]
+    def insert(n):
+        while True:
+            event_id = storage.insert_event(jobs[n % 3], EventType.Phase(str(n)))
+            with lock:
+                print(jobs[n % 3], event_id, flush=True)
+    lock = threading.Lock()
+    for n in range(4):
+        threading.Thread(target=insert, args=(n,)).start()
+"""
+
+
+def test_event_ids_have_no_gaps_across_kills(database: Path) -> None:
+    acknowledged: dict[int, list[int]] = {}
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(CALLER), str(database)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(40)]
+        process.send_signal(signal.SIGKILL)
+        lines += process.stdout.readlines()
+        process.stdout.close()
+        process.wait()
+        for line in lines:
+            if line.endswith("\n"):
+                job_id, event_id = map(int, line.split())
+                acknowledged.setdefault(job_id, []).append(event_id)
+    assert len(acknowledged) == 6
+    with ApiStorage.open(f"duckdb:{database}") as api:
+        for job_id, told in acknowledged.items():
+            there = [e.event_id for e in api.list_events(job_id)]
+            assert there == list(range(1, len(there) + 1))
+            assert set(told) <= set(there)
+            assert len(set(told)) == len(told)
+            assert api.insert_event(job_id, EventType.JobStarted()) == len(there) + 1
+    with Ledger.open(database, clock=SystemClock()) as ledger:
+        assert ledger.check() == []
+
+
+STARTER = """
+    import sys, threading
+    from casparian_flow.sentinel import ApiStorage
+    storage = ApiStorage.open("duckdb:" + sys.argv[1])
+    print("ready", flush=True)
+    for approval in storage.list_approvals():
+        storage.approve(approval.approval_id, "ann")
+        storage.start_approved(approval.approval_id)
+"""
+
+
+def test_an_approval_starts_one_job_also_across_kills(database: Path) -> None:
+    with ApiStorage.open(f"duckdb:{database}") as api:
+        for n in range(60):
+            api.create_approval(f"a{n}", RUN, "Run p", timedelta(hours=1))
+    for delay_s in (0.02, 0.1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(STARTER), str(database)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        threading.Event().wait(delay_s)
+        process.kill()
+        process.stdout.close()
+        process.wait()
+    with ApiStorage.open(f"duckdb:{database}") as api:
+        for approval in api.list_approvals():
+            assert approval.job_id is None or approval.status is ApprovalStatus.APPROVED
+            api.approve(approval.approval_id, "bob")
+            assert api.start_approved(approval.approval_id) is not None
+        jobs = api.list_jobs()
+        assert len({job.approval_id for job in jobs}) == len(jobs) == 60
+    with Ledger.open(database, clock=SystemClock()) as ledger:
+        assert ledger.check() == []
