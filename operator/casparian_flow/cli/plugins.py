@@ -19,6 +19,7 @@ from casparian_flow.cli.output import (
     to_json,
     yes_no,
 )
+from casparian_flow.cli.trials import await_trial, wait_option
 from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.domain.outputs import SinkMode, parse_sink_uri
 from casparian_flow.domain.wording import counted
@@ -71,13 +72,15 @@ MAX_CONTRACT_BYTES = 1 << 20
 @click.option("--version", "version", required=True, metavar="V", help="Version, such as 1.0.0.")
 @click.option("--name", default="", help="Plugin name. Default: from MANIFEST, else the file name.")
 @click.option("--publisher", default="", help="Who publishes; recorded with the version.")
+@wait_option
 @output_option
 @pass_app
-def publish(app: App, file: Path, version: str, name: str, publisher: str) -> None:
-    """Deploy the plugin in FILE.
+def publish(app: App, file: Path, version: str, name: str, publisher: str, wait_s: float) -> None:
+    """Deploy the plugin in FILE, and wait until a worker has tried it.
 
     Its MANIFEST becomes a rule, topics and subscriptions. A 'uv.lock' beside FILE gives the plugin
-    an environment of its own. Versions are immutable: changed code needs a new one.
+    an environment of its own. Files in 'examples/' beside it that its pattern matches, or in
+    'examples/NAME/', are what it is tried on. Versions are immutable: changed code needs a new one.
 
     \b
     Example:
@@ -93,6 +96,7 @@ def publish(app: App, file: Path, version: str, name: str, publisher: str) -> No
     key = load_private(key_file(app.settings))
     now_us = SystemClock().now().wall_us
     row = app.control.deploy(pack(signed(bundle, key, publisher=publisher, now_us=now_us)))
+    row = await_trial(app.control, row, timeout_s=wait_s, clock=SystemClock())
     show_data(app, row, str(row.get("message", "published")))
 
 

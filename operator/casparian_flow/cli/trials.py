@@ -1,6 +1,11 @@
 """Waiting for a deployed version's trial."""
 
+import functools
 import threading
+from collections.abc import Callable
+from typing import Any
+
+import click
 
 from casparian_flow.cli.output import note
 from casparian_flow.domain.clock import Clock
@@ -11,6 +16,26 @@ from casparian_flow.sentinel.api import ControlApi, Row
 POLL_S = 0.2
 WAIT_S = 60.0
 """How long `publish` waits by default; most trials take a second."""
+
+
+def wait_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--wait` and `--no-wait`; the command gets `wait_s`."""
+
+    @click.option(
+        "--wait",
+        "wait_s",
+        type=click.FloatRange(0),
+        default=WAIT_S,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to wait for the trial.",
+    )
+    @click.option("--no-wait", is_flag=True, help="Do not wait for the trial.")
+    @functools.wraps(command)
+    def waiting(*args: Any, wait_s: float, no_wait: bool, **kwargs: Any) -> Any:
+        return command(*args, wait_s=0.0 if no_wait else wait_s, **kwargs)
+
+    return waiting
 
 
 def await_trial(control: ControlApi, deployed: Row, *, timeout_s: float, clock: Clock) -> Row:

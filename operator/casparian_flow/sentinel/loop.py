@@ -78,6 +78,7 @@ class CoreLoop(Generic[L]):
         self._inbox: deque[Callable[[], None]] = deque()
         self._waiting: set[Future[Any]] = set()
         self._rescans: dict[tuple[int, str], None] = {}
+        self._withheld: frozenset[str] = frozenset()
         self._closed = False
 
     # -- from any thread --------------------------------------------------------------------
@@ -124,10 +125,21 @@ class CoreLoop(Generic[L]):
         """Run a write in the ledger's thread that changes the wiring, and tell the broker."""
 
         def done(result: tuple[T, Sequence[PluginSpec]]) -> T:
-            self.core.feed(PluginsChanged(result[1]))
+            specs = [spec for spec in result[1] if spec.plugin not in self._withheld]
+            self.core.feed(PluginsChanged(specs))
             return result[0]
 
         return self._call(fn, done)
+
+    def withhold(self, plugins: frozenset[str], read: Callable[[L], Sequence[PluginSpec]]) -> None:
+        """Lease no jobs of these plugins until further notice; running ones go on.
+
+        Args:
+            plugins: all of them, as they are to be from now on.
+            read: the specs, for the broker to hear of the change.
+        """
+        self._withheld = plugins
+        self.rewire(lambda ledger: (None, read(ledger)))
 
     def look(self, fn: Callable[[SentinelCore[L]], T]) -> Future[T]:
         """Run a function that reads the core, between two turns."""

@@ -195,10 +195,11 @@ class Sentinel:
         self._core = SentinelCore(writer, self._make_broker, self._clock)
         self._loop = CoreLoop(self._core, writer, self._waker.wake)
         self._await_ledger()
+        self._desk = TrialDesk(self._loop, self._clock, self._waker.wake)
+        self._desk.start()
         self._socket = WorkerSocket(config.bind_address, self.metrics, self._reads_batches)
         stack.callback(self._socket.close)
         self.bind_address = self._socket.address
-        self._desk = TrialDesk(self._loop, self._clock, self._waker.wake)
         plane = ControlPlane(
             self._loop,
             database=config.database,

@@ -16,6 +16,7 @@ from casparian_flow.domain.clock import Clock, Now
 from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.ids import Identity, ManifestId
 from casparian_flow.domain.records import PluginSpec, StagedVersion
+from casparian_flow.domain.wiring import TrialOutcome
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel.api import Row
 from casparian_flow.sentinel.events import Send
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """Between two looks at the clock and the workers while a version is staged."""
+HEAD_START_S = 15.0
+"""How long, from the first worker on, jobs wait at a start for a version that is to be tried: who
+publishes a correction and then starts the Sentinel wants the jobs to run with it."""
 
 
 class TrialDesk:
@@ -46,6 +50,15 @@ class TrialDesk:
         self._reading = False
         self._concluding: set[ManifestId] = set()
         self._look_at = 0.0
+        self._withheld: frozenset[str] = frozenset()
+        self._withheld_until = 0.0
+
+    def start(self) -> None:
+        """Look for staged versions before any worker is served; waits for the ledger."""
+        staged = self._loop.call(releases.staged_versions).result()
+        self._events.append(Staged(staged))
+        self._unread = False
+        self._withhold(frozenset(version.spec.plugin for version in staged))
 
     # -- from any thread --------------------------------------------------------------------
 
@@ -76,6 +89,7 @@ class TrialDesk:
         if self._unread and not self._reading:
             self._read()
         events = [self._events.popleft() for _ in range(len(self._events))]
+        self._give_head_start(events, now)
         sends = []
         for instruction in self._trials.step(events, broker.workers, now):
             if isinstance(instruction, Send):
@@ -87,6 +101,29 @@ class TrialDesk:
     def rows(self, now: Now) -> list[Row]:
         """Versions that are not active yet: {plugin_id, plugin_name, version, state, note}."""
         return [] if self._trials is None else self._trials.rows(now)
+
+    # -- a head start -----------------------------------------------------------------------
+
+    def _give_head_start(self, events: Sequence[Staged | Told], now: Now) -> None:
+        """Let the jobs of a plugin go once its new version is tried, or takes too long."""
+        if not self._withheld:
+            return
+        if not self._withheld_until and self._loop.core.broker.workers:
+            self._withheld_until = now.mono + HEAD_START_S
+        if self._withheld_until and now.mono >= self._withheld_until:
+            self._withhold(frozenset())
+            return
+        for event in events:
+            if isinstance(event, Staged):
+                staged = {version.spec.plugin for version in event.versions}
+                self._withhold(self._withheld & staged)
+            elif event.result.outcome == TrialOutcome.AGAIN:
+                self._withhold(frozenset())
+
+    def _withhold(self, plugins: frozenset[str]) -> None:
+        if plugins != self._withheld:
+            self._withheld = plugins
+            self._loop.withhold(plugins, lambda ledger: ledger.plugin_specs())
 
     # -- the ledger -------------------------------------------------------------------------
 
