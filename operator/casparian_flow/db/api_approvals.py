@@ -17,7 +17,7 @@ from casparian_flow.db.api_jobs import create_job, finish_job, new_job, no_appro
 from casparian_flow.db.api_state import Connection, Unit, rows
 from casparian_flow.db.api_tables import APPROVALS, JOBS
 from casparian_flow.domain.clock import utc
-from casparian_flow.domain.errors import ConflictError, NotPermittedError, UsageError
+from casparian_flow.domain.errors import ConflictError, NotFoundError, NotPermittedError, UsageError
 from casparian_flow.domain.ids import JobId
 from casparian_flow.protocol.http_types import (
     Approval,
@@ -181,7 +181,7 @@ def mark_stale(unit: Unit, approval_id: str, changes: Sequence[str]) -> bool:
         return False
     reason = "; ".join(changes)
     if approval.job_id is not None:
-        if unit.head(approval.job_id).status is not HttpJobStatus.QUEUED:
+        if not _waits(unit, approval.job_id):
             return False
         message = f"approval {approval_id} is void: {reason}"
         finish_job(unit, approval.job_id, HttpJobStatus.FAILED, message, None)
@@ -190,6 +190,14 @@ def mark_stale(unit: Unit, approval_id: str, changes: Sequence[str]) -> bool:
         [ApprovalStatus.STALE, reason, approval_id],
     )
     return True
+
+
+def _waits(unit: Unit, job_id: int) -> bool:
+    """Whether a job is there and has not begun."""
+    try:
+        return unit.head(job_id).status is HttpJobStatus.QUEUED
+    except NotFoundError:
+        return False  # it was finished, and a clean-up has taken it
 
 
 def expire_approvals(unit: Unit) -> int:
