@@ -14,6 +14,12 @@ import pyarrow as pa
 from casparian_flow.sdk import BATCH_ROWS_MAX
 
 COLUMNS_MAX = 10_000
+VALUES_PER_BYTE = 8
+"""A list of booleans has as many; what has more stands for values without holding them."""
+_FREE_CELLS = 1 << 26
+"""Null columns hold nothing: rows times columns that need no bytes."""
+_FREE_VALUES = 1 << 22
+"""Likewise for values within lists and structs, which become Python objects on their way."""
 _DEPTH_MAX = 32
 
 
@@ -41,7 +47,7 @@ def decode(body: bytes | bytearray) -> pa.RecordBatch:
         message = _read(reader, "record batch")
         if message.type != "record batch":
             raise HostileBatchError(f"want a record batch, got a {message.type}")
-        _check_batch(message.metadata.to_pybytes())
+        _check_batch(message.metadata.to_pybytes(), len(body), len(schema))
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
@@ -91,16 +97,19 @@ def _check_type(kind: pa.DataType, depth: int) -> None:
         _check_type(kind.field(index).type, depth - 1)
 
 
-# -- FlatBuffers: just enough to know a RecordBatch's rows and compression before it is read.
+# -- FlatBuffers: just enough to know a RecordBatch's sizes and compression before it is read.
 # Message: version, header_type, header, bodyLength. RecordBatch: length, nodes, buffers,
 # compression. (format/Message.fbs of Apache Arrow; the table layout is FlatBuffers' own.)
 
 _HEADER_SLOT = 2
 _LENGTH_SLOT = 0
+_NODES_SLOT = 1
 _COMPRESSION_SLOT = 3
+_NODE = struct.Struct("<qq")  # length, null count
 
 
-def _check_batch(message: bytes) -> None:
+def _check_batch(message: bytes, size: int, columns: int) -> None:
+    """Refuse a batch that stands for more than its `size` in bytes may hold."""
     root = struct.unpack_from("<I", message, 0)[0]
     header = _slot(message, root, _HEADER_SLOT)
     if header is None:
@@ -112,6 +121,27 @@ def _check_batch(message: bytes) -> None:
         raise HostileBatchError(f"{rows} rows are not within 0 to {BATCH_ROWS_MAX}")
     if _slot(message, batch, _COMPRESSION_SLOT) is not None:
         raise HostileBatchError("the batch is compressed")
+    cells = rows * columns
+    if cells > VALUES_PER_BYTE * size + _FREE_CELLS:
+        raise HostileBatchError(f"{size} bytes stand for {cells} cells")
+    nested = sum(_lengths(message, batch)) - cells
+    if nested > VALUES_PER_BYTE * size + _FREE_VALUES:
+        raise HostileBatchError(f"{size} bytes stand for {nested} values within lists and structs")
+
+
+def _lengths(message: bytes, batch: int) -> list[int]:
+    """The lengths of all arrays of a batch, children after their parents."""
+    nodes = _slot(message, batch, _NODES_SLOT)
+    if nodes is None:
+        return []
+    vector = nodes + struct.unpack_from("<I", message, nodes)[0]
+    count = struct.unpack_from("<I", message, vector)[0]
+    if count * _NODE.size > len(message):
+        raise HostileBatchError("a batch has more arrays than its message holds")
+    lengths = [_NODE.unpack_from(message, vector + 4 + _NODE.size * n)[0] for n in range(count)]
+    if any(length < 0 for length in lengths):
+        raise HostileBatchError("an array has a negative length")
+    return lengths
 
 
 def _slot(buffer: bytes, table: int, slot: int) -> int | None:

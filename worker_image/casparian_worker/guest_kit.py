@@ -20,7 +20,7 @@ _PACKAGES = {
 }
 _MODULES = {
     "casparian_flow": (),
-    "casparian_worker": ("bridge.py", "arrow_ipc.py", "guest.py", "guest_plugin.py"),
+    "casparian_worker": ("bridge.py", "arrow_ipc.py", "clearing.py", "guest.py", "guest_plugin.py"),
 }
 _INIT = '"""The part of Casparian Flow that plugins may import."""\n'
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import linecache
 import os
-import shutil
 import socket
 import sys
 import traceback
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from casparian_flow.sdk import BATCH_BYTES, BATCH_ROWS_MAX, BasePlugin, FileEvent, PluginContext
 from casparian_flow.sdk.plugin import deliver, manifest_of
-from casparian_worker import arrow_ipc
+from casparian_worker import arrow_ipc, clearing
 from casparian_worker.bridge import (
     BridgeError,
     ErrorKind,
@@ -64,9 +63,10 @@ def serve(
             _run(sock, frame, plugin, topic, outbox)
         if os.getpid() != own:
             os._exit(0)
+        outbox.end()
         sys.stdout.flush()
         sys.stderr.flush()
-        _empty(scratch)
+        clearing.empty(scratch)
         counts = {"rows": outbox.rows, "batches": outbox.batches}
         sock.sendall(pack_json(Kind.END, frame.job, counts))
 
@@ -97,6 +97,10 @@ class Outbox:
         self._job = job
         self._held.clear()
         self._bytes = self.rows = self.batches = 0
+
+    def end(self) -> None:
+        """From now on refuse what a thread of the job may still have to say."""
+        self._job = 0
 
     def publish(self, topic: str, batch: pa.RecordBatch) -> None:
         """Take a batch over; called by BasePlugin.publish."""
@@ -251,14 +255,3 @@ def _print_traceback(error: BaseException) -> None:
         traceback.print_exception(type(error), error, trace or error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def _empty(folder: str) -> None:
-    """Remove what a job left behind."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)

@@ -65,10 +65,12 @@ class Usage(NamedTuple):
     Attributes:
         memory_bytes: resident; pages shared between them count once if that decides.
         tasks: processes and threads.
+        processes: among them.
     """
 
     memory_bytes: int
     tasks: int
+    processes: int = 0
 
 
 class GuestProcess:
@@ -157,6 +159,13 @@ class GuestProcess:
             if self._life >= 0:
                 os.close(self._life)
                 self._life = -1
+
+    def left_behind(self, own: int) -> bool:
+        """Whether processes beside its first `own` ones are alive.
+
+        Told by the watcher's last look, so one that is younger may be missed.
+        """
+        return self.usage.processes > own and len(descendants(self._popen.pid)) > own
 
     def end(self) -> Verdict:
         """Make sure that every process is gone, and say why they went.
@@ -284,7 +293,7 @@ def usage_of(pids: list[int]) -> Usage:
             continue
         tasks += int(fields[17])
         pages += int(fields[21])
-    return Usage(pages * _PAGE, tasks)
+    return Usage(pages * _PAGE, tasks, len(pids))
 
 
 def shared_once(pids: list[int]) -> int:

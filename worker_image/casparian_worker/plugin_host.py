@@ -16,6 +16,8 @@ Every job ends with one named outcome:
     bridge closed early    TRUNCATED
     nonsense on the bridge PROTOCOL
     cancel                 CANCELLED
+
+A process that left others behind is replaced after the job, and they end with it.
 """
 
 import contextlib
@@ -51,13 +53,15 @@ from casparian_worker.plugin_events import (
     RunRequest,
     Started,
 )
-from casparian_worker.sandbox import Report
+from casparian_worker.sandbox import APPLIED, Report
 from casparian_worker.scratch import SlotScratch
 
 PIPELINE_DEPTH = 16
 """RUNs that may be ahead of the plugin, the running one included."""
 START_TIMEOUT_S = 120.0
 """For the interpreter, the plugin's imports and `configure`."""
+BEGIN_TIMEOUT_S = 60.0
+"""For a process that is done with one file to take up the next."""
 TOPICS_MAX = 256
 """Topics one job may publish to."""
 _IDLE_DEATHS_MAX = 3
@@ -291,6 +295,7 @@ class PluginHost:
                     warm.retiring = True
                     break
                 self._sent.append(self._waiting.popleft())
+            self._await_begin()
             run = {
                 "path": head.request.path,
                 "file_version_id": head.request.file_version_id,
@@ -350,12 +355,21 @@ class PluginHost:
     def _deadline(self, warm: _Warm) -> float:
         if not warm.ready:
             return warm.deadline
+        return self._sent[0].deadline if self._sent else float("inf")
+
+    def _await_begin(self) -> None:
+        """Give the job that is next in line its time to begin."""
         head = self._sent[0] if self._sent else None
-        return head.deadline if head is not None and head.started else float("inf")
+        if head is not None and not head.deadline:
+            head.deadline = self._clock.now().mono + BEGIN_TIMEOUT_S
 
     def _timed_out(self, warm: _Warm) -> Verdict:
         if not warm.ready:
             return Verdict(Reason.TIMEOUT, f"the plugin did not load within {START_TIMEOUT_S:g} s")
+        if not self._sent[0].started:
+            return Verdict(
+                Reason.TIMEOUT, f"the plugin did not take up a file within {BEGIN_TIMEOUT_S:g} s"
+            )
         limit = self._timeout(self._sent[0])
         return Verdict(Reason.TIMEOUT, f"the plugin ran longer than {limit:g} s")
 
@@ -365,7 +379,7 @@ class PluginHost:
 
     def _credit(self, now: float) -> None:
         """The caller's time between two events is not the plugin's."""
-        if self._left_at is not None and self._sent and self._sent[0].started:
+        if self._left_at is not None and self._sent:
             self._sent[0].deadline += now - self._left_at
         self._left_at = None
 
@@ -418,19 +432,29 @@ class PluginHost:
         self._sent.popleft()
         log = warm.process.log.take(head.number)
         self._events.append(Finished(head.request.key, head.rows, head.batches, log))
-        if warm.process.usage.memory_bytes > self.plugin.limits.memory_mb << 19:
+        grown = warm.process.usage.memory_bytes > self.plugin.limits.memory_mb << 19
+        if grown or warm.process.left_behind(self._own_processes()):
             warm.retiring = True
+        if warm.retiring and not self._sent:
+            self._retire()  # not with the next job: what it left behind would run until then
+        self._await_begin()
+
+    def _own_processes(self) -> int:
+        """The guest, and where there is a process namespace its first process."""
+        return 2 if self.sandbox_report.get("pid_namespace", "").startswith(APPLIED) else 1
 
     def _error(self, warm: _Warm, frame: Frame) -> None:
         told = frame.json()
-        reason = _REASONS.get(str(told.get("kind")))
-        message = _clean(told.get("message"))
+        kind = told.get("kind")
+        reason = _REASONS.get(kind) if isinstance(kind, str) else None
+        text = told.get("message")
         transient = told.get("transient")
-        if reason is None or not isinstance(transient, (bool, type(None))):
+        if reason is None or not isinstance(text, str) or not isinstance(transient, bool | None):
             raise BridgeError("reported an error of no known kind")
+        message = _clean(text)
         if warm.ready:
             self._running(frame)
-        if told.get("kind") == ErrorKind.PROCESSES:
+        if kind == ErrorKind.PROCESSES:
             message = f"{too_many_processes(self.plugin.limits.pids).message}: {message}"
         self._died(warm, Verdict(reason, message, transient))
 
@@ -494,6 +518,7 @@ class PluginHost:
         with self._lock:
             while self._sent:
                 job = self._sent.pop()
+                job.deadline = 0.0
                 if not job.cancelled:
                     self._waiting.appendleft(job)
 

@@ -9,10 +9,11 @@
 import contextlib
 import fcntl
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from casparian_worker import clearing
 
 _USERS = 400
 """How many user ids from `uid_base` on may be used."""
@@ -58,17 +59,11 @@ class SlotScratch:
 
     def clear_tmp(self) -> None:
         """Empty the folder the plugin writes to; called when its process is gone."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.tmp) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):
-                        os.unlink(entry.path)
+        clearing.empty(self.tmp)
 
     def remove_tmp(self) -> None:
         """Remove it when its host is stopped for good."""
-        shutil.rmtree(self.tmp, ignore_errors=True)
+        clearing.remove(self.tmp)
 
 
 class Scratch:
@@ -113,7 +108,7 @@ class Scratch:
 
     def close(self) -> None:
         """Remove everything and give the user ids back."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        clearing.remove(self.folder)
         for _, lock in self._users.values():
             if lock >= 0:
                 os.close(lock)
@@ -167,7 +162,7 @@ def remove_dead(root: str) -> int:
     for folder in Path(root).glob("worker-*"):
         with contextlib.suppress(OSError):
             lock = _hold(str(folder / "lock"), create=False)
-            shutil.rmtree(folder, ignore_errors=True)
+            clearing.remove(str(folder))
             os.close(lock)
             removed += 1
     return removed
