@@ -20,6 +20,8 @@ from casparian_flow.domain.outputs import OutputEntry, OutputKind
 from casparian_flow.domain.records import Sample
 from casparian_flow.domain.wiring import TrialOutcome
 from casparian_flow.protocol import messages as m
+from casparian_flow.trust.bundle import check_samples
+from casparian_flow.trust.errors import BundleError
 from casparian_worker.conclusions import described
 from casparian_worker.job_outputs import JobOutputs
 from casparian_worker.lineage import Lineage, rfc3339
@@ -43,6 +45,7 @@ BLAMELESS = frozenset(
         Reason.WORKER_ERROR,
         Reason.DRAINING,
         Reason.SOURCE_UNREADABLE,
+        Reason.UNTRUSTED,
         Reason.UNTRUSTED,  # the Sentinel trusts it, so this worker's rules are others
     }
 )
@@ -94,7 +97,10 @@ class TrialRoom:
         if self._closing:
             return
         try:
+            check_samples(trial.samples, trial.plugin.manifest_json)
             result = self._tried(trial)
+        except BundleError as error:
+            result = _bad(trial, Reason.UNTRUSTED, described(error))
         except (LaunchError, SourceError) as error:
             transient = error.transient if isinstance(error, LaunchError) else None
             result = _bad(trial, error.reason, described(error), transient)

@@ -40,6 +40,7 @@ from casparian_flow.domain.errors import (
     SentinelUnreachableError,
 )
 from casparian_flow.domain.jobs import JobStatus
+from casparian_flow.domain.wiring import PluginStatus
 from casparian_flow.domain.wording import counted
 from casparian_flow.sentinel.api import ControlApi, Row
 
@@ -52,7 +53,9 @@ LAST_WORDS = ("error: ", "hint: ")
 """How a child begins to say why it ends; told once, with its death."""
 STALL_S = 10.0
 """Without a change for so long, a person wonders why."""
-STALL_CAUSES = frozenset({"ledger", "waiting", "granted"})
+STALL_CAUSES = frozenset({"ledger", "trials", "waiting", "granted"})
+TRIES_AWAITED = 3
+"""Tries after which a version that no worker can try no longer keeps the run alive."""
 SCOUT, WORKERS, SENTINEL = 0, 1, 2
 """Stages, in the order of stopping."""
 
@@ -184,6 +187,8 @@ class Run:
     _reports: tuple[int, int] = (-1, -1)
     _unread: bytes = b""
     _told: set[str] = field(default_factory=set)
+    _staged: dict[tuple[str, str], bool] = field(default_factory=dict)
+    """Whether a version, by name and number, was still to be tried when last seen."""
     _failed_before: int = 0
     _known_failed: set[Any] | None = None
     _last: View | None = None
@@ -349,6 +354,7 @@ class Run:
         self._last = view
         self.judge.counted(view.counts, view.asked)
         self.view.update(view.counts)
+        self._tell_trials(view)
         self._tell_stall(view)
         if self._known_failed is None:
             # Failures of earlier runs are no news.
@@ -358,6 +364,22 @@ class Run:
             if row["id"] not in self._known_failed:
                 self._known_failed.add(row["id"])
                 self.view.line(_failure_line(row))
+
+    def _tell_trials(self, view: View) -> None:
+        for row in view.trials:
+            if row["note"]:
+                self._once(
+                    one_line(
+                        f"{row['plugin_name']} {row['version']}: {row['state']}: {row['note']}"
+                    )
+                )
+        for row in view.plugins:
+            stands = (row["plugin_name"], row["version"]), row["status"]
+            if self._staged.get(stands[0]) and stands[1] != PluginStatus.STAGING:
+                why = f": {last_line(row['validation_error'])}" if row["validation_error"] else ""
+                name = f"{row['plugin_name']} {row['version']}"
+                self.view.line(one_line(f"{name} is {stands[1].lower()}{why}"))
+            self._staged[stands[0]] = stands[1] == PluginStatus.STAGING
 
     def _tell_stall(self, view: View) -> None:
         """Say why jobs wait, once nothing has moved for a while."""
@@ -377,12 +399,16 @@ class Run:
             self.view.line(text)
 
     def _idle(self, view: View) -> bool:
+        if any(row["tries"] < TRIES_AWAITED or not row["note"] for row in view.trials):
+            return False
         roots = [int(row["id"]) for row in view.sources if row.get("active", True)]
         return self.judge.idle(roots, view.counts, view.asked) or self._all_blocked(view)
 
     def _all_blocked(self, view: View) -> bool:
-        """Whether every job that is left belongs to a paused plugin."""
+        """Whether every job that is left belongs to a plugin that is paused or not active."""
         paused = {row["plugin_name"] for row in view.plugins if row.get("paused")}
+        able = {row["plugin_name"] for row in view.plugins if row["status"] == PluginStatus.ACTIVE}
+        paused |= {row["plugin_name"] for row in view.plugins} - able
         moving = (JobStatus.DISPATCHING, JobStatus.RUNNING, JobStatus.STAGED)
         if not paused or any(view.counts.get(status.value) for status in moving):
             return False
@@ -398,9 +424,13 @@ class Run:
         failures = self._failures(view)
         waiting = view.counts.get(JobStatus.QUEUED.value, 0)
         if waiting:
-            self.view.line(
-                f"{counted(waiting, 'job')} left of paused plugins: 'casparian plugin resume NAME'"
+            paused = any(row.get("paused") for row in view.plugins)
+            whose = (
+                "paused plugins: 'casparian plugin resume NAME'"
+                if paused
+                else "plugins without an active version: 'casparian status' tells why"
             )
+            self.view.line(f"{counted(waiting, 'job')} left of {whose}")
         if failures > 0:
             self.view.line(
                 f"{counted(failures, 'job')} failed: 'casparian dead-letters' lists them"

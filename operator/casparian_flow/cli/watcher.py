@@ -28,6 +28,7 @@ class View:
     plugins: list[Row] = field(default_factory=list)
     causes: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
+    trials: list[Row] = field(default_factory=list)
 
 
 class Watcher:
@@ -70,4 +71,5 @@ class Watcher:
             status.get("plugins") or [],
             status.get("causes") or [],
             failed,
+            status.get("trials") or [],
         )

@@ -129,13 +129,14 @@ class Trials:
         return bool(self._trials)
 
     def rows(self, now: Now) -> list[dict[str, object]]:
-        """For people: {plugin_id, plugin_name, version, state, note}."""
+        """For people: {plugin_id, plugin_name, version, state, tries, note}."""
         return [
             {
                 "plugin_id": int(trial.version.spec.manifest_id),
                 "plugin_name": trial.version.spec.plugin,
                 "version": trial.version.spec.plugin_version,
                 "state": _state(trial, now.mono),
+                "tries": trial.number,
                 "note": trial.note,
             }
             for trial in self._trials.values()
