@@ -76,7 +76,8 @@ FROM cf_output GROUP BY ALL ORDER BY ALL"""
 def main() -> int:
     began = time.monotonic()
     prepare()
-    heading("Deploy three plugins")
+    heading("Make a key and deploy three plugins, signed with it")
+    casparian("init")
     casparian("source", "add", "inbox")
     for name in ("csv_table", "json_records", "stock_prices"):
         casparian("publish", str(PLUGINS.resolve() / f"{name}.py"), "--version", "1.0.0")

@@ -219,7 +219,7 @@ class AzureSettings(_Section):
     """The directory's id. Empty: what AZURE_TENANT_ID says."""
     client_id: str = ""
     """The application's id. Empty: what AZURE_CLIENT_ID says."""
-    authority: Annotated[str, Field(pattern=r"^(https://\S+|http://127\.0\.0\.1:\d+\S*)?$")] = ""
+    authority: Annotated[str, Field(pattern=r"^(https://\S+)?$")] = ""
     """Address of the authority. Empty: `https://login.microsoftonline.com/TENANT`."""
     group: str = ""
     """Id of a group that a publisher must be in. Empty: everybody of the directory may publish."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casparian_flow.domain.failures import Reason
-from casparian_flow.domain.lockfile import LockError, read_lock
+from casparian_flow.domain.lockfile import LockError, read_lock, uv_program
 from casparian_worker.plugin_events import LaunchError
 
 BUILD_TIMEOUT_S = 900.0
@@ -111,7 +111,7 @@ class EnvironmentCache:
         """
         self._folder = Path(cache, "environments")
         self._max_bytes = max_bytes
-        self._uv = uv or _find_uv()
+        self._uv = uv or uv_program()
         self._timeout_s = timeout_s
         self._held: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
@@ -263,11 +263,6 @@ def environment_key(lockfile: str) -> str:
 
 def _refusal(message: str, *, transient: bool = False, hint: str = "") -> LaunchError:
     return LaunchError(message, reason=Reason.ENVIRONMENT, transient=transient, hint=hint)
-
-
-def _find_uv() -> str:
-    beside = Path(sys.prefix, "bin", "uv")
-    return str(beside) if beside.exists() else "uv"
 
 
 def _open_lock(path: Path) -> int:

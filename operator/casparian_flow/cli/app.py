@@ -13,8 +13,10 @@ from casparian_flow.cli import (
     files,
     init,
     jobs,
+    keys,
     ledger,
     plugins,
+    publish,
     services,
     show,
     start,
@@ -26,7 +28,8 @@ from casparian_flow.domain.errors import CasparianError
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong request or configuration, 4 not found,
-5 conflict with what is recorded, 6 ledger unusable, 7 no Sentinel answers.
+5 conflict with what is recorded, 6 ledger unusable, 7 no Sentinel answers,
+8 not trusted.
 
 \b
 Shell completion (bash; for zsh and fish write zsh_source, fish_source):
@@ -76,7 +79,10 @@ def cli(context: click.Context, config: Path | None, debug: bool, die_with: int 
 for command in (
     init.init,
     files.source,
-    plugins.publish,
+    publish.publish,
+    publish.deploy,
+    publish.verify,
+    keys.keys,
     start.start,
     services.sentinel,
     services.worker,

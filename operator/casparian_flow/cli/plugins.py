@@ -19,7 +19,6 @@ from casparian_flow.cli.output import (
     to_json,
     yes_no,
 )
-from casparian_flow.cli.trials import await_trial, wait_option
 from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.domain.outputs import SinkMode, parse_sink_uri
 from casparian_flow.domain.wording import counted
@@ -65,39 +64,6 @@ RULE_COLUMNS = (
     Column("origin", "MADE BY"),
 )
 MAX_CONTRACT_BYTES = 1 << 20
-
-
-@click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--version", "version", required=True, metavar="V", help="Version, such as 1.0.0.")
-@click.option("--name", default="", help="Plugin name. Default: from MANIFEST, else the file name.")
-@click.option("--publisher", default="", help="Who publishes; recorded with the version.")
-@wait_option
-@output_option
-@pass_app
-def publish(app: App, file: Path, version: str, name: str, publisher: str, wait_s: float) -> None:
-    """Deploy the plugin in FILE, and wait until a worker has tried it.
-
-    Its MANIFEST becomes a rule, topics and subscriptions. A 'uv.lock' beside FILE gives the plugin
-    an environment of its own. Files in 'examples/' beside it that its pattern matches, or in
-    'examples/NAME/', are what it is tried on. Versions are immutable: changed code needs a new one.
-
-    \b
-    Example:
-      casparian publish my_plugin.py --version 1.0.0
-    """
-    from casparian_flow.domain.clock import SystemClock
-    from casparian_flow.services.publisher import build, signed
-    from casparian_flow.services.trust_file import key_file
-    from casparian_flow.trust.bundle import pack
-    from casparian_flow.trust.keys import load_private
-
-    bundle = build(file, version=version, name=name)
-    key = load_private(key_file(app.settings))
-    now_us = SystemClock().now().wall_us
-    row = app.control.deploy(pack(signed(bundle, key, publisher=publisher, now_us=now_us)))
-    row = await_trial(app.control, row, timeout_s=wait_s, clock=SystemClock())
-    show_data(app, row, str(row.get("message", "published")))
 
 
 @click.command()

@@ -26,13 +26,14 @@ from casparian_flow.db.wiring import (
     encoded,
     wire,
 )
-from casparian_flow.domain.errors import ConflictError, NotFoundError
+from casparian_flow.domain.errors import ConflictError, NotFoundError, require
 from casparian_flow.domain.ids import ManifestId
 from casparian_flow.domain.outputs import parameters_hash
 from casparian_flow.domain.records import PluginSpec, Sample, StagedVersion
 from casparian_flow.domain.wiring import PluginStatus, check_step
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.manifest import plugin_name, plugin_version
+from casparian_flow.trust.bundle import Bundle
 
 Connection = duckdb.DuckDBPyConnection
 ERROR_CHARS_MAX = 4_000
@@ -154,7 +155,7 @@ def _unchanged(connection: Connection, release: Release, existing: tuple[int, Pl
 def _insert(
     ledger: Ledger, connection: Connection, release: Release, status: PluginStatus, now_us: int
 ) -> int:
-    publisher_id = _publisher(ledger, connection, release.publisher, now_us)
+    publisher_id = _publisher(ledger, connection, release, now_us)
     if release.lockfile:
         connection.execute(
             "INSERT INTO cf_plugin_environment (hash, lockfile_content, last_used, created_at) "
@@ -192,21 +193,26 @@ def _insert(
     return manifest_id
 
 
-def _publisher(ledger: Ledger, connection: Connection, name: str, now_us: int) -> int:
+def _publisher(ledger: Ledger, connection: Connection, release: Release, now_us: int) -> int:
+    """The row of whoever published; a directory's id tells people apart better than their names."""
+    oid = release.azure_oid or None
     row = connection.execute(
-        "SELECT id FROM cf_publisher WHERE name = $1 AND azure_oid IS NULL", [name]
+        "SELECT id FROM cf_publisher WHERE azure_oid IS NOT DISTINCT FROM $1 "
+        "AND ($1 IS NOT NULL OR name = $2)",
+        [oid, release.publisher],
     ).fetchone()
     if row is not None:
         connection.execute(
-            "UPDATE cf_publisher SET last_active = make_timestamp($2) WHERE id = $1",
-            [row[0], now_us],
+            "UPDATE cf_publisher SET last_active = make_timestamp($2), name = $3, "
+            "email = coalesce($4, email) WHERE id = $1",
+            [row[0], now_us, release.publisher, release.email or None],
         )
         return int(row[0])
     publisher_id = ledger.next_id("cf_publisher")
     connection.execute(
-        "INSERT INTO cf_publisher (id, name, created_at, last_active) "
-        "VALUES ($1, $2, make_timestamp($3), make_timestamp($3))",
-        [publisher_id, name, now_us],
+        "INSERT INTO cf_publisher (id, azure_oid, name, email, created_at, last_active) "
+        "VALUES ($1, $2, $3, $4, make_timestamp($5), make_timestamp($5))",
+        [publisher_id, oid, release.publisher, release.email or None, now_us],
     )
     return publisher_id
 
@@ -403,6 +409,49 @@ def _move(connection: Connection, version: Version, status: PluginStatus) -> Non
     check_step(version.status, status)
     connection.execute(
         f"UPDATE {_MANIFEST} SET status = $2 WHERE id = $1", [version.manifest_id, status.value]
+    )
+
+
+def bundle_of(connection: Connection, plugin: str, number: str = "") -> tuple[Bundle, int]:
+    """A version as it was deployed, of what the ledger holds of it, and when that was.
+
+    Args:
+        number: "" takes the active version, or else the newest.
+
+    Returns:
+        The bundle, and microseconds since the epoch (0 if the version was never recorded as
+        deployed).
+
+    Raises:
+        NotFoundError: there is no such version.
+    """
+    newest = wired(connection, plugin) if not number else None
+    version = newest or _by_name(connection, plugin, number)
+    row = connection.execute(
+        f"""
+        SELECT m.plugin_name, m.version, m.source_code, coalesce(e.lockfile_content, ''),
+               coalesce(m.manifest_json, ''), m.artifact_hash, coalesce(m.envelope, ''),
+               m.samples_json, coalesce(epoch_us(m.deployed_at), 0)
+        FROM {_MANIFEST} m LEFT JOIN cf_plugin_environment e ON e.hash = m.env_hash
+        WHERE m.id = $1
+        """,
+        [version.manifest_id],
+    ).fetchone()
+    require(row is not None, "a version vanished within one look")
+    assert row is not None
+    name, stored, source, lockfile, manifest_json, digest, envelope, samples, deployed_at = row
+    return (
+        Bundle(
+            name,
+            stored,
+            source,
+            lockfile,
+            manifest_json,
+            digest,
+            envelope.encode("utf-8", "surrogatepass"),
+            _samples.decode(samples) if samples else (),
+        ),
+        int(deployed_at),
     )
 
 

@@ -108,6 +108,9 @@ class Release:
     signer: str = ""
     key_id: str = ""
     samples: tuple[Sample, ...] = ()
+    azure_oid: str = ""
+    """The publisher's id in Azure AD, "" if only the key vouches for them."""
+    email: str = ""
 
 
 _declared = msgspec.json.Decoder(Declared)
@@ -517,6 +520,7 @@ def _versions_of(
                    max(generation) AS generation
             FROM cf_processing_queue
             WHERE plugin_name = $1 AND (plugin_manifest_id = $2 OR status = 'QUEUED')
+              AND rehearsal IS NULL
             GROUP BY file_version_id
         ) j ON j.file_version_id = v.id
         ORDER BY v.id

@@ -1,9 +1,11 @@
-"""A plugin's uv.lock: whether a worker can make an environment from it. Pure.
+"""A plugin's uv.lock: whether a worker can make an environment from it.
 
 The format is uv's own; only what is needed here is read, and unknown keys are left alone.
 """
 
+import os
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +96,17 @@ def lock_problems(text: str) -> list[str]:
         return [str(error)]
 
 
+def check_lock(text: str) -> None:
+    """Raises UsageError for a lock file from which no worker could make an environment; "" is none
+    at all."""
+    problems = lock_problems(text) if text else []
+    if problems:
+        raise UsageError(
+            "no worker could make an environment from the lock file: " + "; ".join(problems),
+            hint="Correct the plugin's pyproject.toml, run `uv lock`, and publish again.",
+        )
+
+
 def read_lock(text: str) -> Lock:
     """Parse a uv.lock.
 
@@ -121,6 +134,12 @@ def read_lock(text: str) -> Lock:
 
 
 _HINT = "Make it with `uv lock` in the plugin's folder."
+
+
+def uv_program() -> str:
+    """The uv beside this interpreter, else the one on PATH."""
+    beside = os.path.join(sys.prefix, "bin", "uv")
+    return beside if os.path.exists(beside) else "uv"
 
 
 def _is_root(entry: dict[str, Any]) -> bool:

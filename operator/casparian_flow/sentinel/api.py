@@ -198,6 +198,16 @@ class ControlApi(Protocol):
         Returns {plugin_id, status, message, unchanged, rule, topics, subscriptions, kept}.
         """
 
+    def plugin_bundle(self, plugin: str, version: str = "") -> Row:
+        """{bundle, deployed_at_us}: a version as the ledger holds it, in base64.
+
+        Args:
+            version: "" takes the one that runs, or else the newest.
+        """
+
+    def reload(self) -> None:
+        """Read the plugins, their wiring and who is trusted anew; who is not, is paused."""
+
     def list_plugins(self) -> list[Row]:
         """Every version of every plugin, newest of each first, with how it stands."""
 

@@ -8,6 +8,7 @@ cancel still comes in time.
 The same class serves the Sentinel's control socket and a command that opens the ledger itself.
 """
 
+import base64
 import logging
 import os
 import tempfile
@@ -56,7 +57,7 @@ from casparian_flow.sentinel.api import (
     Row,
     ScanReport,
 )
-from casparian_flow.sentinel.broker import Broker, Worker
+from casparian_flow.sentinel.broker import REFUSED, Broker, Worker
 from casparian_flow.sentinel.caller import Caller
 from casparian_flow.sentinel.causes import Facts, explain
 from casparian_flow.sentinel.control_codec import API_PREFIX, Operation
@@ -65,7 +66,7 @@ from casparian_flow.sentinel.loop import CoreLoop, fail, settle
 from casparian_flow.sentinel.paths import IN_MEMORY, private_folder, snapshot_folder, state_folder
 from casparian_flow.sentinel.trial_desk import TrialDesk
 from casparian_flow.services import architect
-from casparian_flow.trust.bundle import unpack
+from casparian_flow.trust.bundle import pack, unpack
 from casparian_flow.trust.errors import UntrustedError
 from casparian_flow.trust.rules import TrustSource, nobody
 
@@ -81,8 +82,8 @@ QUIET = frozenset(
     {
         "ping", "status", "list_jobs", "show_job", "await_job", "job_log", "list_dead_letters",
         "list_sources", "list_files", "versions", "inventory", "next_rescans", "list_plugins",
-        "list_topics", "list_trials", "list_rules", "list_workers", "snapshot", "check",
-        "begin_scan",
+        "list_topics", "list_trials", "plugin_bundle", "list_rules", "list_workers", "snapshot",
+        "check", "begin_scan",
         "commit_chunk", "finish_scan",
     }
 ) | api_calls.QUIET  # fmt: skip
@@ -509,8 +510,15 @@ class ControlPlane:
         if self._desk is not None:
             self._desk.wiring_changed()
 
+    def plugin_bundle(self, plugin: str, version: str = "") -> Row:
+        with self._reader() as connection:
+            bundle, deployed_at_us = releases.bundle_of(connection, plugin, version)
+        return {
+            "bundle": base64.b64encode(pack(bundle)).decode("ascii"),
+            "deployed_at_us": deployed_at_us,
+        }
+
     def reload(self) -> None:
-        """Read the plugins and their wiring anew from the ledger."""
         self._rewire(lambda _: None)
 
     def list_plugins(self) -> list[Row]:
@@ -535,6 +543,11 @@ class ControlPlane:
     def resume_plugin(self, plugin: str) -> None:
         self._require_plugin(plugin)
         self._command(lambda r: e.ResumePlugin(r, plugin))
+        # One that is not trusted is paused again at once, with the reason that holds now.
+        self._rewire(lambda _: None)
+        health = self._look(lambda core: core.broker.queue.lane(plugin).health)
+        if health.paused and health.reason.startswith(REFUSED):
+            raise ConflictError(f"{plugin} stays paused: {health.reason}")
 
     def _require_plugin(self, plugin: str) -> None:
         if not any(row["plugin_name"] == plugin for row in self.list_plugins()):

@@ -7,7 +7,7 @@ from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.releases import record_release
 from casparian_flow.db.wiring import Declared, Release, Topic
 from casparian_flow.domain.errors import UsageError
-from casparian_flow.domain.lockfile import lock_problems
+from casparian_flow.domain.lockfile import check_lock
 from casparian_flow.domain.outputs import ANY_TOPIC, parse_sink_uri
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.manifest import (
@@ -62,17 +62,9 @@ def prepare(bundle: Bundle, verdict: Verdict) -> Release:
         signer=verdict.signer,
         key_id=verdict.key_id,
         samples=bundle.samples,
+        azure_oid=verdict.identity.subject if verdict.identity else "",
+        email=verdict.identity.email if verdict.identity else "",
     )
-
-
-def check_lock(lockfile: str) -> None:
-    """Raises UsageError for a lock file from which no worker could make an environment."""
-    problems = lock_problems(lockfile) if lockfile else []
-    if problems:
-        raise UsageError(
-            "no worker could make an environment from the lock file: " + "; ".join(problems),
-            hint="Correct the plugin's pyproject.toml, run `uv lock`, and publish again.",
-        )
 
 
 def declare(plugin: str, manifest: Manifest) -> Declared:

@@ -1,24 +1,38 @@
 """The client's side of publishing: from a file to a signed bundle."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from casparian_flow.domain.errors import UsageError
-from casparian_flow.domain.lockfile import LOCK_BYTES_MAX
+from casparian_flow.domain.lockfile import check_lock
+from casparian_flow.domain.records import Sample
+from casparian_flow.domain.samples import SAMPLES_BYTES_MAX, SAMPLES_MAX, samples_problem
+from casparian_flow.services.locking import lock
 from casparian_flow.services.manifest import plugin_name, plugin_version, read_manifest
+from casparian_flow.services.patterns import compile_pattern
 from casparian_flow.trust.bundle import SOURCE_BYTES_MAX, Bundle, make_bundle
-from casparian_flow.trust.envelope import sign, statement_of
+from casparian_flow.trust.envelope import Identity, sign, statement_of
 from casparian_flow.trust.keys import PrivateKey
 
 DEFAULT_VERSION = "1.0.0"
-LOCKFILE = "uv.lock"
+SAMPLES_FOLDER = "examples"
 
 
-def build(file: str | Path, *, version: str = "", name: str = "") -> Bundle:
-    """An unsigned bundle of a plugin file; a `uv.lock` beside it goes along.
+def build(
+    file: str | Path,
+    *,
+    version: str = "",
+    name: str = "",
+    look: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """An unsigned bundle of a plugin file, with its lock file (services/locking.py) and samples.
 
     Args:
         version: "" takes the MANIFEST's, or 1.0.0 if it has none.
         name: "" takes the MANIFEST's, or the file's name without its suffix.
+        look: may refuse the source before anything is done with it.
+        tell: hears what was done about the lock file.
 
     Raises:
         UsageError: the file or what is in it cannot be deployed.
@@ -28,26 +42,84 @@ def build(file: str | Path, *, version: str = "", name: str = "") -> Bundle:
         raise UsageError(f"{path} is no Python file", hint="Give the plugin's .py file.")
     source = _read_text(path, SOURCE_BYTES_MAX)
     manifest = read_manifest(source, path.name)
-    beside = path.with_name(LOCKFILE)
-    return make_bundle(
-        plugin_name(name or manifest.name or path.stem),
-        plugin_version(version or manifest.version or DEFAULT_VERSION),
-        source,
-        _read_text(beside, LOCK_BYTES_MAX) if beside.is_file() else "",
+    named = plugin_name(name or manifest.name or path.stem)
+    numbered = plugin_version(version or manifest.version or DEFAULT_VERSION)
+    if look is not None:
+        look(source)
+    locked = lock(path, source, _read_text)
+    check_lock(locked.text)
+    tell(locked.told)
+    return make_bundle(named, numbered, source, locked.text, read_samples(path, manifest.pattern))
+
+
+def read_samples(plugin: Path, pattern: str) -> tuple[Sample, ...]:
+    """The files that a plugin is to be tried on.
+
+    All in `examples/STEM/` beside it, or else those in `examples/` that its pattern matches.
+
+    Raises:
+        UsageError: they cannot be read, or are too many, too large or oddly named.
+    """
+    folder = plugin.with_name(SAMPLES_FOLDER)
+    own = folder / plugin.stem
+    wanted = None if own.is_dir() else compile_pattern(pattern) if pattern else None
+    if wanted is None and not own.is_dir():
+        return ()
+    found = _files_in(own if wanted is None else folder)
+    if wanted is not None:
+        found = [path for path in found if wanted.matches(path.name)]
+    if len(found) > SAMPLES_MAX:
+        raise _too_much(f"{found[0].parent} holds {len(found)} samples, at most {SAMPLES_MAX}")
+    samples = tuple(Sample(path.name, _read_sample(path)) for path in found)
+    problem = samples_problem(samples)
+    if problem:
+        raise _too_much(f"{folder}: {problem}")
+    return samples
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return (
+            sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        )
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def _read_sample(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(SAMPLES_BYTES_MAX + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _too_much(message: str) -> UsageError:
+    return UsageError(
+        message, hint="Samples are for a short trial: keep a few small files, and rename odd ones."
     )
 
 
-def signed(bundle: Bundle, key: PrivateKey, *, publisher: str, now_us: int) -> Bundle:
+def signed(
+    bundle: Bundle,
+    key: PrivateKey,
+    *,
+    publisher: str,
+    now_us: int,
+    identity: Identity | None = None,
+) -> Bundle:
     """The bundle with a signature.
 
     Args:
         publisher: who publishes, as the statement tells it.
         now_us: wall clock, microseconds since the epoch.
+        identity: of the publisher, where somebody vouched for it.
 
     Raises:
         EnvelopeError: the publisher's name cannot be told.
     """
-    return bundle.with_envelope(sign(statement_of(bundle, publisher=publisher, now_us=now_us), key))
+    statement = statement_of(bundle, publisher=publisher, now_us=now_us, identity=identity)
+    return bundle.with_envelope(sign(statement, key))
 
 
 def _read_text(path: Path, limit: int) -> str:

@@ -33,6 +33,22 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """A publisher whom a directory has authenticated.
+
+    Attributes:
+        provider: who vouched, such as "azure".
+        subject: the directory's own id of the person, which never changes.
+        email: "" if the directory tells none.
+    """
+
+    provider: str
+    tenant: str
+    subject: str
+    email: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """What a publisher signs.
 
@@ -41,6 +57,7 @@ class Statement:
         digests: SHA-256 of each of PARTS, 64 hex digits.
         publisher: who published, as authenticated there; "" if not said.
         created_at: RFC 3339 in UTC, by the publisher's clock; informative.
+        identity: None if nobody but the key vouches for the publisher.
     """
 
     plugin: str
@@ -49,6 +66,7 @@ class Statement:
     artifact_hash: str
     digests: Mapping[str, str]
     created_at: str
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,9 @@ class Verified:
     statement: Statement
 
 
-def statement_of(bundle: Bundle, *, publisher: str, now_us: int) -> Statement:
+def statement_of(
+    bundle: Bundle, *, publisher: str, now_us: int, identity: Identity | None = None
+) -> Statement:
     """What to sign for a bundle, over its parts as they are.
 
     Args:
@@ -89,6 +109,7 @@ def statement_of(bundle: Bundle, *, publisher: str, now_us: int) -> Statement:
         artifact_hash=bundle.computed_hash(),
         digests=part_digests(bundle),
         created_at=created.isoformat().removesuffix("+00:00") + "Z",
+        identity=identity,
     )
 
 
@@ -213,12 +234,20 @@ class _SubjectJson(msgspec.Struct, forbid_unknown_fields=True):
     digest: dict[str, str]
 
 
-class _PredicateJson(msgspec.Struct, forbid_unknown_fields=True):
+class _IdentityJson(msgspec.Struct, forbid_unknown_fields=True):
+    provider: str
+    tenant: str
+    subject: str
+    email: str
+
+
+class _PredicateJson(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     plugin: str
     version: str
     publisher: str
     createdAt: str  # noqa: N815 - in-toto's style
     digests: dict[str, str]
+    identity: _IdentityJson | None = None
 
 
 class _StatementJson(msgspec.Struct, forbid_unknown_fields=True):
@@ -244,6 +273,7 @@ def _encode_statement(statement: Statement) -> bytes:
             publisher=statement.publisher,
             createdAt=statement.created_at,
             digests={part: statement.digests[part] for part in PARTS},
+            identity=_identity_json(statement.identity),
         ),
     )
     try:
@@ -262,7 +292,9 @@ def _decode_statement(payload: bytes) -> Statement:
     digests = [document.subject[0].digest["sha256"], *predicate.digests.values()]
     if set(predicate.digests) != set(PARTS) or not all(map(_SHA256.fullmatch, digests)):
         raise EnvelopeError("the signed statement has digests that are none")
-    names = (predicate.plugin, predicate.version, predicate.publisher)
+    names: tuple[str, ...] = (predicate.plugin, predicate.version, predicate.publisher)
+    if predicate.identity is not None:
+        names += msgspec.structs.astuple(predicate.identity)
     if any(len(text) > _TEXT_MAX or not (text or "x").isprintable() for text in names):
         raise EnvelopeError("a name in the signed statement is too long or has control characters")
     if not _INSTANT.fullmatch(predicate.createdAt):
@@ -274,7 +306,20 @@ def _decode_statement(payload: bytes) -> Statement:
         artifact_hash=digests[0],
         digests=predicate.digests,
         created_at=predicate.createdAt,
+        identity=_identity_of(predicate.identity),
     )
+
+
+def _identity_json(identity: Identity | None) -> _IdentityJson | None:
+    if identity is None:
+        return None
+    return _IdentityJson(identity.provider, identity.tenant, identity.subject, identity.email)
+
+
+def _identity_of(found: _IdentityJson | None) -> Identity | None:
+    if found is None:
+        return None
+    return Identity(found.provider, found.tenant, found.subject, found.email)
 
 
 def _decoded(data: bytes, kind: type[Any], what: str) -> Any:

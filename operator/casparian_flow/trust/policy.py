@@ -19,6 +19,7 @@ from casparian_flow.trust.bundle import Bundle, manifest_names
 from casparian_flow.trust.envelope import (
     PARTS,
     Envelope,
+    Identity,
     Statement,
     part_digests,
     read_envelope,
@@ -86,7 +87,7 @@ class Verdict:
         hint: what to do next, "" if nothing.
         signer, key_id: who signed; "" unless the signature holds (REVOKED may name a key without
             that).
-        publisher: as the signed statement says, "" without one.
+        publisher, identity: as the signed statement says, "" and None without one.
     """
 
     ok: bool
@@ -96,6 +97,7 @@ class Verdict:
     signer: str = ""
     key_id: str = ""
     publisher: str = ""
+    identity: Identity | None = None
 
     def require(self) -> "Verdict":
         """This verdict, if it is favourable.
@@ -199,6 +201,7 @@ class TrustPolicy:
             signer=signer.name,
             key_id=envelope.key_id,
             publisher=statement.publisher,
+            identity=statement.identity,
         )
 
     def revocation(self, key_id: str) -> str | None:
