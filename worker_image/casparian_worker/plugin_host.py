@@ -253,7 +253,7 @@ class PluginHost:
             self._died(warm, Verdict(Reason.PROTOCOL, f"the plugin process {_breach(error)}"))
             return True
         if not self._sent and not self._waiting and warm.ready:
-            return False
+            return bool(self._events)
         return self._wait(warm, until)
 
     def _start_if_needed(self) -> bool:
@@ -290,6 +290,10 @@ class PluginHost:
                 head = self._waiting[0] if self._waiting else None
                 if head is None:
                     break
+                if not head.request.path:
+                    # Loaded is all that it should be.
+                    self._events.append(Finished(self._waiting.popleft().request.key, 0, 0))
+                    continue
                 wanted = head.request.path if head.request.in_place else ""
                 if wanted != warm.in_place or (wanted and self._sent):
                     warm.retiring = True
