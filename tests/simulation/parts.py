@@ -215,7 +215,7 @@ class SimSentinel(Process):
                 self._on_output(output)
         if outputs or self.core.commits != commits:
             self.core.broker.invariants()
-        wakeup = self.core.broker.wakeup
+        wakeup = self.core.wakeup
         if wakeup is not None and wakeup != self._wakeup:
             self._wakeup = wakeup
             self.world.after(max(0.0, wakeup - self.world.time), self.wake, self)

@@ -15,7 +15,7 @@ from casparian_flow.domain.records import BatchItem, Completion
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
-from casparian_flow.sentinel.core import Failed, SentinelCore
+from casparian_flow.sentinel.core import BIG, BURST, PACE_SECONDS, Failed, SentinelCore
 
 T = TypeVar("T")
 
@@ -125,3 +125,54 @@ def test_a_write_of_scout_s_that_fails_stops_admission_and_is_the_problem_told()
     core.turn()
     assert core.ready
     assert core.problem is None
+
+
+def pause(core: SentinelCore[MemoryLedger], name: str) -> list[Any]:
+    """Ask for a commit of one item; returns what the turn gave out."""
+    core.feed(e.PausePlugin(name, name, "because"))
+    return list(core.turn())
+
+
+def answered(core: SentinelCore[MemoryLedger]) -> list[object]:
+    return [o.reply for o in core.turn() if isinstance(o, e.Reply)]
+
+
+def test_a_few_commits_go_at_once_and_more_of_them_gather() -> None:
+    core, _, clock = started()
+    for number in range(BURST):
+        pause(core, f"p{number}")
+        assert answered(core) == [f"p{number}"]
+    assert core.commits == BURST
+    assert [pause(core, name) for name in ("a", "b", "c")] == [[], [], []]
+    assert answered(core) == []
+    assert core.pending
+    assert core.wakeup is not None
+    assert 0 < core.wakeup - clock.time <= PACE_SECONDS
+    clock.time = core.wakeup
+    core.turn()
+    assert answered(core) == ["a", "b", "c"]
+    assert core.commits == BURST + 1
+    assert not core.pending
+
+
+def test_a_big_batch_waits_for_no_moment() -> None:
+    core, _, _ = started()
+    for number in range(BURST):
+        pause(core, f"p{number}")
+    answered(core)
+    for number in range(BIG):
+        core.feed(e.PausePlugin(number, f"p{number}", "because"))
+    core.turn()
+    assert answered(core) == list(range(BIG))
+
+
+def test_what_gathers_when_the_ledger_fails_is_answered_with_the_failure() -> None:
+    core, _, _ = started()
+    for number in range(BURST):
+        pause(core, f"p{number}")
+    answered(core)
+    pause(core, "late")
+    core.suspend(LedgerUnavailableError("the disk is full"))
+    assert [o.reply for o in core.turn() if isinstance(o, Failed)] == ["late"]
+    assert not core.ready
+    assert not core.pending

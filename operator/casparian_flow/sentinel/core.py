@@ -2,8 +2,11 @@
 
 One `turn` takes in everything that has arrived, lets the broker decide, hands its commits to the
 ledger as one batch and returns what may go out now: sends that wait for no commit, and those
-whose commit has become durable since. While the ledger is busy the next batch gathers; when it
-is idle a commit starts at once, so no timer stands between a job and its result.
+whose commit has become durable since.
+
+On a quiet system a commit starts at once, so that no timer stands between a job and its result.
+A commit costs milliseconds whatever is in it, though, so where they come one after the other
+they are paced (`Pace`): small ones gather for a moment, big ones go.
 
 After a failed commit nothing unsent goes out. The broker is thrown away and a new one restored
 from the ledger, once a probing write has succeeded; until then admission is stopped. Workers
@@ -36,11 +39,35 @@ from casparian_flow.sentinel.events import (
 
 T = TypeVar("T")
 LAZY_MAX = 1000
+BURST = 4
+"""Commits that may follow each other at once; those of one job are three."""
+PACE_SECONDS = 0.03
+"""Between commits when there are more; far less than a worker's lookahead takes."""
+BIG = 256
+"""Items of a batch that is worth a commit of its own."""
 LAZY_SECONDS = 1.0
 HYDRATE_PAGE = 10_000
 FIRST_PAGE = 1_000
 PROBE_SECONDS = 1.0
 """Between probing writes while the ledger cannot commit."""
+
+
+class Pace:
+    """A token bucket: `BURST` commits at once, then one every `PACE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._tokens = float(BURST)
+        self._since = 0.0
+
+    def due(self, mono: float) -> float:
+        """When the next commit may start, monotonic clock; not later than `mono` if now."""
+        self._tokens = min(float(BURST), self._tokens + (mono - self._since) / PACE_SECONDS)
+        self._since = mono
+        return mono + max(0.0, (1.0 - self._tokens) * PACE_SECONDS)
+
+    def spend(self) -> None:
+        """A commit starts; one that did not wait for its time puts the next ones off."""
+        self._tokens = max(0.0, self._tokens - 1.0)
 
 
 class LedgerOps(Protocol):
@@ -114,8 +141,13 @@ class SentinelCore(Generic[L]):
         self.failures = 0
         self._events: list[Event] = []
         self._out: list[Output] = []
-        self._lazy: list[BatchItem] = []
-        self._lazy_since = 0.0
+        self._batch: list[BatchItem] = []
+        """To be committed next, in order."""
+        self._batch_since = 0.0
+        self._eager = False
+        """Whether something waits for that commit; else it may wait for company."""
+        self._pace = Pace()
+        self._commit_at = 0.0
         self._held: deque[tuple[int, Send | Reply]] = deque()
         self._last_ticket = 0
         self._durable = 0
@@ -171,6 +203,7 @@ class SentinelCore(Generic[L]):
             events, self._events = self._events, []
             if events or self._due(now.mono):
                 self._carry_out(self.broker.step(events or (Tick(),), now), now.mono)
+            self._submit(now.mono)
             self._release()
         else:
             self._refuse_events()
@@ -182,18 +215,21 @@ class SentinelCore(Generic[L]):
     @property
     def pending(self) -> bool:
         """Whether the ledger still works on something that this core waits for."""
-        return bool(self._calls) or self._durable < self._last_ticket
+        return bool(self._calls) or self._eager or self._durable < self._last_ticket
 
     @property
     def wakeup(self) -> float | None:
         """When a turn is due without any event, monotonic clock; None while commits fail."""
-        return self.broker.wakeup if self.ready else None
+        if not self.ready:
+            return None
+        wakeup = self.broker.wakeup
+        if not self._eager:
+            return wakeup
+        return self._commit_at if wakeup is None else min(wakeup, self._commit_at)
 
     def _due(self, mono: float) -> bool:
-        wakeup = self.wakeup
-        return (wakeup is not None and wakeup <= mono) or (
-            bool(self._lazy) and mono - self._lazy_since >= LAZY_SECONDS
-        )
+        wakeup = self.broker.wakeup
+        return wakeup is not None and wakeup <= mono
 
     def _collect(self) -> None:
         for completion in self._writer.completed():
@@ -206,29 +242,40 @@ class SentinelCore(Generic[L]):
             self._events.extend(GrantResult(outcome) for outcome in completion.outcomes)
 
     def _carry_out(self, instructions: Sequence[Instruction], mono: float) -> None:
-        batch: list[BatchItem] = []
-        eager = False
         held: list[Send | Reply] = []
         for instruction in instructions:
             match instruction:
                 case Commit(item, lazy):
-                    batch.append(item)
-                    eager = eager or not lazy
+                    if not self._batch:
+                        self._batch_since = mono
+                    self._batch.append(item)
+                    self._eager = self._eager or not lazy
                 case Send(after_commit=False) | Rescan():
                     self._out.append(instruction)
                 case Send() | Reply():
                     held.append(instruction)
                 case Hydrate(after):
                     self.call(_hydrate(after), self._hydrated)
-        if batch and not self._lazy:
-            self._lazy_since = mono
-        self._lazy.extend(batch)
-        overdue = len(self._lazy) >= LAZY_MAX or mono - self._lazy_since >= LAZY_SECONDS
-        if self._lazy and (eager or overdue):
-            self._last_ticket = self._writer.commit(self._lazy)
-            self._lazy = []
-            self.commits += 1
-        self._held.extend((self._last_ticket, instruction) for instruction in held)
+        ticket = self._last_ticket + self._eager
+        self._held.extend((ticket, instruction) for instruction in held)
+
+    def _submit(self, mono: float) -> None:
+        """Hand the batch to the ledger if its time has come."""
+        if not self._batch:
+            return
+        if self._eager and len(self._batch) < BIG:
+            self._commit_at = self._pace.due(mono)
+            if self._commit_at > mono:
+                return
+        elif not self._eager:
+            overdue = len(self._batch) >= LAZY_MAX or mono - self._batch_since >= LAZY_SECONDS
+            if not overdue:
+                return
+        self._pace.spend()
+        self._last_ticket = self._writer.commit(self._batch)
+        self._batch = []
+        self._eager = False
+        self.commits += 1
 
     def _release(self) -> None:
         while self._held and self._held[0][0] <= self._durable:
@@ -245,7 +292,8 @@ class SentinelCore(Generic[L]):
                 self._out.append(Failed(instruction.reply, error))
         self._out.extend(Failed(reply, error) for reply in self.broker.unanswered)
         self._held.clear()
-        self._lazy.clear()
+        self._batch = []
+        self._eager = False
         # What came in since is refused in this very turn (`_refuse_events`), as commands among it
         # wait for an answer.
         self._void_until = self._durable = self._last_ticket

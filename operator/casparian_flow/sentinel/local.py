@@ -81,13 +81,18 @@ class LocalControl(ControlPlane):
     def _turn(self) -> None:
         try:
             while not self._closing:
-                self._changed.wait(TURN_S)
+                self._changed.wait(self._patience_s())
                 self._changed.clear()
                 # No worker is connected, so there is nobody to send to.
                 self._loop.turn()
         finally:
             # Also after a bug in a turn: nobody may wait for an answer that cannot come.
             self._loop.close()
+
+    def _patience_s(self) -> float:
+        wakeup = self._loop.core.wakeup
+        left = TURN_S if wakeup is None else wakeup - self._clock.now().mono
+        return min(max(left, 0.0), TURN_S)
 
     def _command(self, make: Callable[[Future[dict[str, Any]]], Event]) -> dict[str, Any]:
         self._await_broker()
