@@ -232,11 +232,11 @@ POWERS = [
     _gains("sets a kernel parameter",
            "open('/proc/sys/kernel/core_pattern', 'r+').write('x')", held_by=("landlock",),
            control=False),
-    _gains("starts two hundred processes",
+    _gains("starts a hundred and twenty processes",
            """
            children = []
            try:
-               while len(children) < 200:
+               while len(children) < 120:
                    child = os.fork()
                    if child == 0:
                        time.sleep(20); os._exit(0)

@@ -23,7 +23,7 @@ from casparian_worker.arrow_ipc import HostileBatchError, decode, encode
 from casparian_worker.bridge import HEADER, Kind, pack, pack_json
 from casparian_worker.plugin_events import Finished
 from casparian_worker.plugin_host import PluginHost
-from casparian_worker.runtime import PluginRuntime
+from casparian_worker.runtime import PluginRuntime, SandboxPolicy
 
 HONEST = plugin("return [{'a': 7}]")
 BRIDGE = """
@@ -168,10 +168,36 @@ LEFT = "import os\nreturn [{'a': 7}] if os.listdir(os.environ['HOME']) == [] els
 @pytest.mark.parametrize("ending", ["return [{'a': 1}]", "os._exit(3)"])
 def test_a_folder_deeper_than_anything_is_cleared_away(bench: Bench, ending: str) -> None:
     own = bench.host(DRIVER)
-    dug = run(bench, own, plugin(f"dig(3000)\n{ending}", DEEP))
+    dug = run(bench, own, plugin(f"dig(1500)\n{ending}", DEEP))
     assert isinstance(dug.outcome, Finished) or dug.failed.reason is Reason.EXITED
     assert is_honest(run(bench, own, plugin(LEFT)))
     own.stop()
+
+
+NAMED = "held.append(open(f'file-{n}', 'wb'))"
+NAMELESS = "held.append(tempfile.TemporaryFile())"
+
+
+@pytest.mark.parametrize("way", [NAMED, NAMELESS] if os.geteuid() == 0 else [NAMED])
+def test_a_plugin_that_fills_the_disk_is_ended(tmp_path: Path, way: str) -> None:
+    policy = SandboxPolicy(scratch_bytes=8 << 20)
+    runtime = PluginRuntime(
+        scratch_root=str(tmp_path / "s"), cache_root=str(tmp_path / "c"), policy=policy
+    )
+    own = Bench(runtime, tmp_path)
+    body = f"""
+    held = []
+    for n in range(4):
+        {way}
+        held[-1].write(bytes(4 << 20)); held[-1].flush()
+    time.sleep(20)
+    """
+    try:
+        failed = own.run(plugin(body, "import tempfile, time")).failed
+    finally:
+        runtime.close()
+    assert failed.reason is Reason.SANDBOX
+    assert "16 MiB into its scratch folder" in failed.message
 
 
 def test_what_one_plugin_does_to_its_process_is_not_seen_by_another(bench: Bench) -> None:

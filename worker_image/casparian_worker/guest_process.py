@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.failures import Reason
+from casparian_worker import scratch_use
 from casparian_worker.bridge import FrameReader, bridge_pair
 from casparian_worker.guest_log import GuestLog
 from casparian_worker.sandbox import Confinement
 
 WATCH_INTERVAL_S = 0.1
 """How often memory and processes are looked at."""
+SCRATCH_INTERVAL_S = 1.0
+"""How often its scratch folder is, and less if a look takes more than a twentieth of that."""
 _GRACE_S = 3.0
 _LOG_PIPE_BYTES = 1024 * 1024
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -95,6 +98,7 @@ class GuestProcess:
         self._verdict: Verdict | None = None
         self._oom_kills = oom_kills()
         self.usage = Usage(0, 0)
+        self._scratch_due = 0.0
         self.sock, bridge = bridge_pair()
         self.frames = FrameReader(self.sock)
         life, self._life = os.pipe2(os.O_CLOEXEC)
@@ -219,10 +223,11 @@ class GuestProcess:
             now = self._clock.now().mono
             if now >= due:
                 due = now + WATCH_INTERVAL_S
-                self._look()
+                pids = descendants(self._popen.pid)
+                self._look(pids)
+                self._look_at_scratch(pids, now)
 
-    def _look(self) -> None:
-        pids = descendants(self._popen.pid)
+    def _look(self, pids: list[int]) -> None:
         usage = usage_of(pids)
         limit = self._limits.memory_mb << 20
         if usage.memory_bytes > limit and len(pids) > 1:
@@ -239,10 +244,30 @@ class GuestProcess:
         elif usage.tasks > self._limits.pids + 1:  # one is the namespace's first process
             self.kill(too_many_processes(self._limits.pids))
 
+    def _look_at_scratch(self, pids: list[int], now: float) -> None:
+        """Its sum is bounded here only: the kernel bounds each file."""
+        if now < self._scratch_due:
+            return
+        used = sum(map(scratch_use.bytes_below, self._limits.writes))
+        used += scratch_use.bytes_deleted(pids, self._limits.writes)
+        took = self._clock.now().mono - now
+        self._scratch_due = now + max(SCRATCH_INTERVAL_S, 20 * took)
+        if used > self._limits.scratch_bytes:
+            self.kill(too_much_scratch(used, self._limits.scratch_bytes))
+
 
 def too_many_processes(limit: int) -> Verdict:
     """The verdict on a fork bomb."""
     return Verdict(Reason.SANDBOX, f"the plugin reached its limit of {limit} processes and threads")
+
+
+def too_much_scratch(used: int, limit: int) -> Verdict:
+    """The verdict on a plugin that fills the disk."""
+    return Verdict(
+        Reason.SANDBOX,
+        f"the plugin wrote {used >> 20} MiB into its scratch folder, "
+        f"more than its limit of {limit >> 20} MiB",
+    )
 
 
 def signal_name(number: int) -> str:

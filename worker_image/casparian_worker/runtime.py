@@ -34,12 +34,14 @@ class SandboxPolicy:
         required: measures (sandbox.MEASURES) without which no plugin runs.
         uid_base: first user id for slots of a worker started as root; 0 keeps plugins root.
         file_bytes: largest file a plugin may write.
+        scratch_bytes: all that a plugin may have in its scratch folder.
         threads: what numeric libraries are told to use.
     """
 
     required: tuple[str, ...] = ()
     uid_base: int = UID_BASE
     file_bytes: int = 8 << 30
+    scratch_bytes: int = 16 << 30
     threads: int = field(default_factory=lambda: max(1, min(THREADS_MAX, os.cpu_count() or 1)))
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class PluginRuntime:
             memory_mb=limits.memory_mb,
             pids=limits.pids,
             file_bytes=self.policy.file_bytes,
+            scratch_bytes=self.policy.scratch_bytes,
             required=self.policy.required,
         )
         return Launch(

@@ -78,6 +78,7 @@ class Confinement:
             for what grows between two looks.
         pids: most processes and threads, where a user of its own makes that countable.
         file_bytes: largest file it may write.
+        scratch_bytes: of all that it has written, by the supervisor's looks.
         required: measures without which no plugin runs.
     """
 
@@ -88,6 +89,7 @@ class Confinement:
     memory_mb: int = 2048
     pids: int = 64
     file_bytes: int = 8 << 30
+    scratch_bytes: int = 16 << 30
     required: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
