@@ -14,7 +14,7 @@ from typing import cast
 from bench import report
 from bench.harness import ROUNDS, Figure, Plan, Row
 
-ROWS = tuple(range(1, 12))
+ROWS = tuple(range(1, 13))
 QUICK_ROUNDS = 2
 
 

@@ -439,8 +439,12 @@ def _watching(
     listing = _listing(job_id, after, limit)
 
     def look(ledger: Ledger) -> "tuple[list[Event], Future[None] | None]":
+        # In this order, so that what comes between the two is not missed.
+        news = state_of(ledger).waiters.register(job_id)
         found = listing(ledger)
-        return found, None if found else state_of(ledger).waiters.register(job_id)
+        if found:
+            news.cancel()
+        return found, None if found else news
 
     return look
 

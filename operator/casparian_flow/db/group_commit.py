@@ -9,9 +9,9 @@ transaction are tried again one by one, so that none spoils another's.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol, TypeVar
 
 from casparian_flow.db.api_state import Unit, state_of
@@ -22,6 +22,8 @@ from casparian_flow.domain.errors import CasparianError, LedgerError
 T = TypeVar("T")
 GATHER_MAX: Final = 1_000
 """Writes in one transaction; bounds its time."""
+PATIENCE_S: Final = 0.001
+"""A small part of what a transaction takes."""
 
 Write = Callable[[Unit], Any]
 _Pending = tuple[Write, "Future[Any]"]
@@ -39,16 +41,33 @@ class DirectDoor:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._lock = threading.RLock()
 
     def call(self, fn: Callable[[Ledger], T]) -> "Future[T]":
         future: Future[T] = Future()
-        with self._lock:
-            try:
-                future.set_result(fn(self._ledger))
-            except BaseException as error:  # noqa: BLE001 - raised again where it is asked for
-                future.set_exception(error)
+        try:
+            future.set_result(fn(self._ledger))
+        except BaseException as error:  # noqa: BLE001 - raised again where it is asked for
+            future.set_exception(error)
         return future
+
+
+@contextmanager
+def transaction_of(ledger: Ledger, clock: Clock, *, folded: bool = False) -> Iterator[Unit]:
+    """One transaction as a `Unit`; who waits for news of its jobs is woken once it is durable.
+
+    Args:
+        folded: as of `Ledger.transaction`.
+    """
+    state = state_of(ledger)
+    try:
+        with ledger.transaction(folded=folded) as connection:
+            unit = Unit(ledger, connection, state.heads, clock)
+            yield unit
+            unit.flush()
+    except BaseException:
+        state.heads.clear()
+        raise
+    state.waiters.wake(unit.touched)
 
 
 class GroupCommit:
@@ -57,8 +76,11 @@ class GroupCommit:
     def __init__(self, door: LedgerDoor, clock: Clock) -> None:
         self._door = door
         self._clock = clock
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._pending: deque[_Pending] = deque()
+        self._leading = False
+        """Whether a caller's own thread is at work on a round."""
+        self._last_size = 0
 
     def submit(self, write: Callable[[Unit], T]) -> "Future[T]":
         """Run a write in the next transaction.
@@ -70,30 +92,58 @@ class GroupCommit:
         """
         future: Future[T] = Future()
         pending = (write, future)
-        with self._lock:
+        with self._changed:
             self._pending.append(pending)
+            self._changed.notify_all()
+        if isinstance(self._door, DirectDoor):
+            self._lead(future)
+            return future
         try:
             # Every write asks for a round; those whose writes an earlier one took find nothing.
             self._door.call(self._round)
         except BaseException:
-            with self._lock, suppress(ValueError):
+            with self._changed, suppress(ValueError):
                 self._pending.remove(pending)
             raise
         return future
+
+    def _lead(self, future: "Future[Any]") -> None:
+        """Wait for the round that another caller's thread works on, or do one."""
+        with self._changed:
+            while self._leading and not future.done():
+                self._changed.wait()
+            if future.done():
+                return
+            self._leading = True
+        try:
+            self._door.call(self._round)
+        finally:
+            with self._changed:
+                self._leading = False
+                self._changed.notify_all()
 
     def _round(self, ledger: Ledger) -> None:
         """Raises:
         LedgerError: the commit failed; the futures know as well.
         """
-        with self._lock:
-            count = min(len(self._pending), GATHER_MAX)
-            taken = [self._pending.popleft() for _ in range(count)]
+        taken = self._take()
         if taken:
             self._commit(ledger, taken)
 
+    def _take(self) -> list[_Pending]:
+        with self._changed:
+            if 0 < len(self._pending) < self._last_size:
+                # Those who shared the last transaction are about to be back: a moment's patience
+                # saves them a transaction of their own.
+                self._changed.wait_for(lambda: len(self._pending) >= self._last_size, PATIENCE_S)
+            count = min(len(self._pending), GATHER_MAX)
+            if count:
+                self._last_size = count
+            return [self._pending.popleft() for _ in range(count)]
+
     def _commit(self, ledger: Ledger, writes: Sequence[_Pending]) -> None:
         try:
-            results, unit = self._transact(ledger, writes)
+            results = self._transact(ledger, writes)
         except BaseException as error:
             if len(writes) == 1 or isinstance(error, LedgerError):
                 for _, future in writes:
@@ -102,7 +152,6 @@ class GroupCommit:
                     raise
                 return
         else:
-            state_of(ledger).waiters.wake(unit.touched)
             for (_, future), result in zip(writes, results, strict=True):
                 if isinstance(result, CasparianError):
                     future.set_exception(result)
@@ -112,22 +161,15 @@ class GroupCommit:
         for write in writes:
             self._commit(ledger, [write])
 
-    def _transact(self, ledger: Ledger, writes: Sequence[_Pending]) -> tuple[list[Any], Unit]:
-        state = state_of(ledger)
+    def _transact(self, ledger: Ledger, writes: Sequence[_Pending]) -> list[Any]:
         results: list[Any] = []
-        try:
-            with ledger.transaction(folded=False) as connection:
-                unit = Unit(ledger, connection, state.heads, self._clock)
-                for write, _ in writes:
-                    changes = unit.changes
-                    try:
-                        results.append(write(unit))
-                    except CasparianError as refusal:
-                        if unit.changes != changes:
-                            raise
-                        results.append(refusal)
-                unit.flush()
-        except BaseException:
-            state.heads.clear()
-            raise
-        return results, unit
+        with transaction_of(ledger, self._clock) as unit:
+            for write, _ in writes:
+                changes = unit.changes
+                try:
+                    results.append(write(unit))
+                except CasparianError as refusal:
+                    if unit.changes != changes:
+                        raise
+                    results.append(refusal)
+        return results
