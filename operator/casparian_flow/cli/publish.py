@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import many_lines, note, show_data, to_json
 from casparian_flow.cli.trials import await_trial, wait_option
 from casparian_flow.domain.clock import SystemClock
-from casparian_flow.domain.errors import CasparianError, ConflictError, NotFoundError, UsageError
+from casparian_flow.domain.errors import CasparianError, NotFoundError, UsageError
 from casparian_flow.sentinel.api import Row
 
 if TYPE_CHECKING:
@@ -308,14 +308,12 @@ def _read(file: Path) -> bytes:
 
 
 def _write(file: Path, data: bytes) -> None:
+    """Whole or not at all; a bundle of before is replaced."""
+    staged = file.with_name(f".{file.name}.new")
     try:
-        with file.open("xb") as stream:
-            stream.write(data)
-    except FileExistsError as error:
-        if _read(file) != data:
-            raise ConflictError(
-                f"{file} exists already and holds something else",
-                hint="Choose another name, or delete it.",
-            ) from error
+        staged.write_bytes(data)
+        os.replace(staged, file)
     except OSError as error:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
         raise UsageError(f"{file} cannot be written: {error.strerror or error}") from error

@@ -160,7 +160,7 @@ def _uv(folder: Path, *arguments: str, told_of: Path) -> None:
 def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
     variables = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH"}}
     variables["UV_PYTHON_DOWNLOADS"] = "never"
-    command = [uv_program(), *arguments, "--project", str(folder), "--no-progress"]
+    command = [uv_program(), "--quiet", *arguments, "--project", str(folder), "--no-progress"]
     try:
         return subprocess.run(
             [*command, "--color", "never"],
