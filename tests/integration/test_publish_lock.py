@@ -74,7 +74,7 @@ class Index(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     desk = Desk(tmp_path)
     desk.variables = {
         "UV_DEFAULT_INDEX": f"http://127.0.0.1:{server.server_port}/simple/",
