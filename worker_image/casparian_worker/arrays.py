@@ -62,7 +62,11 @@ def is_bytes(kind: pa.DataType) -> bool:
 
 
 def as_text(array: ArrowArray) -> ArrowArray:
-    """Any array as text: bytes as hex, lists and structs as JSON, the rest as Arrow prints it."""
+    """Any array as text: bytes as hex, lists and structs as JSON, the rest as Arrow prints it.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: there is no text for a value or the type.
+    """
     values = plain(array)
     kind = values.type
     if pt.is_string(kind):
@@ -71,7 +75,10 @@ def as_text(array: ArrowArray) -> ArrowArray:
         texts = [None if raw is None else raw.hex() for raw in values.to_pylist()]
         return pa.array(texts, pa.string())
     if pt.is_nested(kind):
-        documents = [None if v is None else _json(v) for v in values.to_pylist()]
+        try:
+            documents = [None if v is None else _json(v) for v in values.to_pylist()]
+        except (ValueError, OverflowError) as error:  # a time beyond Python's, a name given twice
+            raise pa.ArrowInvalid(f"a value of type {kind} has no text: {error}") from error
         return pa.array(documents, pa.string())
     return values.cast(pa.string())
 

@@ -101,6 +101,18 @@ class Validator:
             OutputRefusedError: CONTRACT, for columns; its diagnostics hold `expected`, `actual`,
                 `missing`, `extra`, `order` and `types`.
         """
+        try:
+            return self._checked(batch, first_row)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise OutputRefusedError(
+                f"topic {self._topic!r} cannot be checked: {error}",
+                reason=Reason.CONTRACT,
+                hint="Convert the column in the plugin.",
+            ) from error
+
+    def _checked(
+        self, batch: pa.RecordBatch, first_row: int
+    ) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         numbers, batch = _take_row_numbers(batch)
         arrays, extras = self._matched(batch)
         faults = _Faults(batch.num_rows)
