@@ -7,12 +7,14 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from signing_kit import KEY, SIGNER, WALL_US, policy, signed, signed_bundle
 
+from casparian_flow.domain.records import Sample
 from casparian_flow.trust import bundle as bundles
 from casparian_flow.trust.artifact import artifact_hash, release_json
 from casparian_flow.trust.bundle import Bundle, make_bundle, pack, unpack
@@ -272,3 +274,45 @@ def test_a_malformed_envelope_is_refused_clearly(raw: bytes, message: str) -> No
 def test_nothing_is_signed_that_would_be_refused_later(changes: dict[str, object]) -> None:
     with pytest.raises(EnvelopeError):
         sign(statement(**changes), KEY)
+
+
+def test_samples_travel_in_order_and_are_signed_by_digest() -> None:
+    samples = (Sample("b.csv", b"\x00\xff"), Sample("a b.csv", b""))
+    bundle = signed(SOURCE, samples=samples)
+    assert [sample.name for sample in bundle.samples] == ["a b.csv", "b.csv"]
+    assert unpack(pack(bundle)) == bundle
+    assert policy().check(bundle, deployed_at_us=WALL_US).ok
+    assert bundle.artifact_hash != signed(SOURCE).artifact_hash
+    for carried, told in (
+        ((samples[0],), "'a b.csv' is missing"),
+        ((samples[0], Sample("a b.csv", b"x")), "'a b.csv' does not match"),
+        ((*samples, Sample("c", b"")), "'c' does not match"),
+    ):
+        with pytest.raises(BundleError, match=told):
+            unpack(pack(replace(bundle, samples=carried)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        ((Sample("../a", b""),), "no name for a sample"),
+        ((Sample("a", b""), Sample("a", b"")), "two samples"),
+        (tuple(Sample(str(n), b"") for n in range(17)), "17 samples"),
+        ((Sample("a", bytes(262_145)),), "262145 bytes"),
+    ],
+)
+def test_samples_beyond_their_bounds_are_refused(samples: tuple[Sample, ...], told: str) -> None:
+    with pytest.raises(BundleError, match=told):
+        pack(make_bundle("p", "1.0.0", SOURCE, samples=samples))
+
+
+def test_every_flipped_byte_behind_the_envelope_is_noticed() -> None:
+    plain = len(signed_bundle(SOURCE))
+    data = pack(signed(SOURCE, samples=(Sample("a.csv", b"1\n"), Sample("b.csv", b"2\n"))))
+    assert len(data) > plain
+    for position in range(len(data) - 54, len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            with pytest.raises(BundleError):
+                unpack(bytes(changed))
