@@ -21,13 +21,16 @@ from hostile.driver import DRIVER
 from hostile.parts import Hostile
 from hostile.world import World
 from plugin_runs import Bench, Run
+from signing_kit import rules
+from worker_process import plugin_spec
 
-from casparian_flow.trust.gatekeeper import inspect
-from casparian_flow.trust.gatekeeper_lists import Profile
+from casparian_flow.domain.failures import Reason
 from casparian_worker.environments import own_environment
+from casparian_worker.plugin_events import LaunchError
 from casparian_worker.plugin_host import PluginHost
 from casparian_worker.runtime import PluginRuntime, SandboxPolicy
 from casparian_worker.sandbox import APPLIED, Report
+from casparian_worker.trust_check import require_trusted
 
 CORPUS: list[Hostile] = [*reads.CORPUS, *writes.CORPUS, *networks.CORPUS, *powers.CORPUS]
 ATTEMPTS = pytest.mark.parametrize("hostile", CORPUS, ids=[h.name for h in CORPUS])
@@ -134,10 +137,15 @@ class Wild:
 
 
 @ATTEMPTS
-def test_the_gatekeeper_finds_it_or_leaves_it_to_the_sandbox(hostile: Hostile) -> None:
-    source = hostile.source({"folder": "/nowhere"})
-    rules = {finding.rule_id for finding in inspect(source.encode(), Profile.STRICT)}
-    assert (hostile.rule in rules) if hostile.rule else (rules == set()), rules
+def test_the_gatekeeper_refuses_it_or_leaves_it_to_the_sandbox(hostile: Hostile) -> None:
+    """By the check that a worker makes before each start, of a plugin that is rightly signed."""
+    plugin = plugin_spec(hostile.source({"folder": "/nowhere"}))
+    if not hostile.rule:
+        require_trusted(rules, plugin)
+        return
+    with pytest.raises(LaunchError, match=hostile.rule) as refused:
+        require_trusted(rules, plugin)
+    assert refused.value.reason is Reason.UNTRUSTED
 
 
 @ATTEMPTS
