@@ -5,6 +5,7 @@ from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.jobs import CompletionStatus
 from casparian_flow.protocol.messages import Conclude
 from casparian_worker.plugin_events import LaunchError
+from casparian_worker.reports import refusal_report
 from casparian_worker.sinks.base import reason_of
 
 SKIPS = frozenset({Reason.SOURCE_CHANGED, Reason.SOURCE_MISSING})
@@ -22,7 +23,9 @@ def failure(
 def failure_of(token: str, error: Exception, log: str = "") -> Conclude:
     """The conclusion of an attempt that an error of ours ended."""
     if isinstance(error, OutputRefusedError):
-        return failure(token, Reason(error.reason), described(error), False, log)
+        refused = failure(token, Reason(error.reason), described(error), False, log)
+        refused.report = refusal_report(error.diagnostics)
+        return refused
     if isinstance(error, SinkError):
         return failure(token, reason_of(error), described(error), error.transient, log)
     if isinstance(error, LaunchError):

@@ -9,7 +9,7 @@ can take earlier rows away. Sinks of one topic that ask for different contracts 
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -25,7 +25,9 @@ from casparian_flow.domain.outputs import (
     SinkSpec,
     sinks_for,
 )
+from casparian_flow.protocol.http_types import TopicReport, ViolationSummary
 from casparian_worker.lineage import Lineage, refuse_reserved
+from casparian_worker.reports import encode_report, violations_report
 from casparian_worker.sinks.base import JobRun, StageContext, StageWriter
 from casparian_worker.validate import ROW_ID_COLUMN, Validator
 
@@ -89,6 +91,23 @@ class JobOutputs:
             for branch in branches:
                 branch.judge()
         return tuple(writer.finish() for writer in self._writers)
+
+    def report(self) -> str:
+        """What the rows were like, as a conclusion tells it; to be called after `finish`."""
+        return encode_report(
+            TopicReport(
+                topic=topic,
+                rows=branches[0].rows,
+                bad_rows=max(branch.bad_rows for branch in branches),
+                violations=[v for branch in branches for v in branch.violations],
+                sample=self.sample(topic),
+            )
+            for topic, branches in self._topics.items()
+        )
+
+    def sample(self, topic: str) -> list[dict[str, Any]]:
+        """Some good rows to show; none are kept of what is published."""
+        return []
 
     def abort(self) -> None:
         """Delete every stage of this attempt. May be called at any time, more than once."""
@@ -166,6 +185,19 @@ class _Branch:
         bad = self._outputs.with_lineage(bad)
         for writer in self._quarantine:
             writer.write(bad)
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def bad_rows(self) -> int:
+        return 0 if self._validator is None else self._validator.bad_rows
+
+    @property
+    def violations(self) -> list[ViolationSummary]:
+        found = () if self._validator is None else self._validator.violations
+        return violations_report(v.to_json() for v in found)
 
     def judge(self) -> None:
         if self._validator is not None:

@@ -28,6 +28,7 @@ from casparian_worker.lineage import Lineage, global_job_id, rfc3339
 from casparian_worker.mailbox import Mailbox
 from casparian_worker.pool import Pool
 from casparian_worker.publishing import Publisher, Sinks
+from casparian_worker.rehearsal import RehearsedOutputs
 from casparian_worker.sinks.base import JobRun, SinkEnvironment
 from casparian_worker.slot import WARM_MAX, Flight, Host, ReadyJobs, Slot, Source
 from casparian_worker.source import SourceError
@@ -183,7 +184,9 @@ class Runner:
             plugin.plugin_version,
         )
         sinks = plugin.sinks if dispatch.sinks is None else dispatch.sinks
-        return JobOutputs(run, lineage, sinks, self._sinks.get)
+        if dispatch.rehearsal is None:
+            return JobOutputs(run, lineage, sinks, self._sinks.get)
+        return RehearsedOutputs(run, lineage, sinks, dispatch.rehearsal)
 
     def is_stopped(self, token: str) -> bool:
         return token in self._stopped
@@ -222,7 +225,9 @@ class Runner:
             return
         flight.source.close()
         conclusion = conclusion_of(token, entries, log_tail)
-        self._answer(Staged(token, entries, conclusion) if entries else Ended(token, conclusion))
+        conclusion.report = flight.outputs.report()
+        staged = entries and flight.job.dispatch.rehearsal is None
+        self._answer(Staged(token, entries, conclusion) if staged else Ended(token, conclusion))
 
     def _throw_away(self, flight: Flight, conclusion: m.Conclude) -> None:
         """Leave nothing of a failed attempt, then say how it ended."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from casparian_flow.db import api_approvals, api_jobs, api_retention
+from casparian_flow.db import api_approvals, api_jobs, api_retention, api_runs
 from casparian_flow.db.api_checks import checked, checked_id, checked_text, checked_word
 from casparian_flow.db.api_state import Connection, Unit, checked_event, rows, state_of
 from casparian_flow.db.api_tables import API_TABLES
@@ -39,6 +39,7 @@ from casparian_flow.protocol.http_types import (
     NAME_CHARS_MAX,
     Approval,
     ApprovalBinding,
+    ApprovalOperation,
     ApprovalStatus,
     Cleaned,
     Event,
@@ -48,6 +49,7 @@ from casparian_flow.protocol.http_types import (
     HttpJobType,
     JobProgress,
     JobResult,
+    JobSpec,
     OperationPayload,
     OutputInfo,
     decode_operation,
@@ -62,6 +64,8 @@ WAIT_S_MAX: Final = 60.0
 """Longest wait for news in one call; who follows a job asks again."""
 WAITERS_MAX: Final = 128
 """Calls that wait for news without a thread of their own."""
+APPROVAL_AGE: Final = timedelta(hours=1)
+"""How long a request waits for a decision, if nothing else is said."""
 _SCHEME: Final = "duckdb:"
 _US_PER_HOUR: Final = 3_600_000_000
 HOURS_MAX: Final = 1e7
@@ -97,6 +101,8 @@ class ApiStorage:
         self._commits = GroupCommit(self._door, self._clock)
         self._deadlines = Deadlines(self._clock)
         self._owned: Ledger | None = None
+        self.news: Callable[[], None] = _nobody
+        """Called after what may give a Sentinel something to do."""
 
     @classmethod
     def open(
@@ -149,6 +155,9 @@ class ApiStorage:
     def _read(self, look: Callable[[Connection], T]) -> T:
         return self._door.call(lambda ledger: ledger.read(look)).result()
 
+    def _on_ledger(self, fn: Callable[[Ledger], T]) -> T:
+        return self._door.call(fn).result()
+
     def init_schema(self) -> None:
         """See that the tables are there; a ledger makes them when it is made. Idempotent."""
         tables = ", ".join(API_TABLES)
@@ -171,6 +180,26 @@ class ApiStorage:
             job_type, plugin_name, plugin_version, input_dir, output_sink, approval_id, spec_json
         )
         return self._write(lambda unit: api_jobs.create_job(unit, job))
+
+    def start_job(
+        self,
+        job_type: HttpJobType,
+        plugin_name: str,
+        plugin_version: str | None,
+        input_dir: str,
+        output_sink: str | None = None,
+        *,
+        spec: JobSpec | None = None,
+    ) -> JobId:
+        asked, kind = checked(spec or JobSpec()), checked_word(HttpJobType, job_type)
+        job = self._on_ledger(
+            lambda ledger: api_runs.new_run(
+                ledger, kind, plugin_name, plugin_version, input_dir, output_sink, asked
+            )
+        )
+        job_id = self._write(lambda unit: api_jobs.create_job(unit, job))
+        self.news()
+        return job_id
 
     def get_job(self, job_id: int) -> HttpJob | None:
         return self._read(lambda connection: api_jobs.get_job(connection, job_id))
@@ -239,7 +268,9 @@ class ApiStorage:
 
     def cancel_job(self, job_id: int) -> bool:
         checked_id(job_id)
-        return self._write(lambda unit: api_jobs.cancel_job(unit, job_id))
+        cancelled = self._write(lambda unit: api_jobs.cancel_job(unit, job_id))
+        self.news()
+        return cancelled
 
     # -- events ---------------------------------------------------------------------------------
 
@@ -362,6 +393,33 @@ class ApiStorage:
             )
         )
 
+    def request_run(
+        self,
+        plugin_name: str,
+        plugin_version: str | None,
+        input_dir: str,
+        output_sink: str | None = None,
+        *,
+        spec: JobSpec | None = None,
+        expires_in: timedelta = APPROVAL_AGE,
+        requester: str | None = None,
+    ) -> Approval:
+        operation = checked(
+            ApprovalOperation.Run(
+                plugin_name=plugin_name,
+                plugin_version=plugin_version,
+                input_dir=input_dir,
+                file_count=0,
+                output=output_sink,
+                spec=checked(spec or JobSpec()),
+            ),
+            decode_operation,
+        )
+        who = checked_text(requester, "requester", chars_max=NAME_CHARS_MAX)
+        return self._on_ledger(
+            lambda ledger: api_runs.request_run(ledger, self._clock, operation, expires_in, who)
+        )
+
     def get_approval(self, approval_id: str) -> Approval | None:
         now = utc(self._clock.now().wall_us)
         return self._read(lambda c: api_approvals.get_approval(c, _word(approval_id), now))
@@ -381,11 +439,16 @@ class ApiStorage:
         binding: ApprovalBinding | None = None,
     ) -> bool:
         who = checked_text(decided_by, "decided_by", chars_max=NAME_CHARS_MAX)
-        bound, allow = None if binding is None else checked(binding), self._allow_self
-        return self._write(
-            lambda unit: api_approvals.approve(
-                unit, _word(approval_id), who, bound, allow_self=allow
+        word, allow = _word(approval_id), self._allow_self
+        if binding is None:
+            approved = self._on_ledger(
+                lambda ledger: api_runs.approve(ledger, self._clock, word, who, allow_self=allow)
             )
+            self.news()
+            return approved
+        bound = checked(binding)
+        return self._write(
+            lambda unit: api_approvals.approve(unit, word, who, bound, allow_self=allow)
         )
 
     def reject(
@@ -447,6 +510,10 @@ def _watching(
         return found, None if found else news
 
     return look
+
+
+def _nobody() -> None:
+    """Nobody carries jobs out here."""
 
 
 def _required(ledger: Ledger | None) -> Ledger:

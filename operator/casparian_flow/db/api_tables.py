@@ -25,6 +25,7 @@ from casparian_flow.protocol.http_types import (
 JOBS: Final = "cf_api_jobs"
 EVENTS: Final = "cf_api_events"
 APPROVALS: Final = "cf_api_approvals"
+TASKS: Final = "cf_api_tasks"
 _SQL_TYPES: Final[dict[type, str]] = {
     int: "BIGINT",
     str: "VARCHAR",
@@ -138,6 +139,15 @@ API_TABLES: Final[dict[str, str]] = {
         binding_json VARCHAR,
         digest VARCHAR,
         stale_reason VARCHAR
+    """,
+    # The jobs of the queue that an API job waits for. `own`: made for it, so that its cancel ends
+    # them. `told`: their end is among its events.
+    TASKS: """
+        api_job_id BIGINT NOT NULL,
+        job_id BIGINT NOT NULL,
+        own BOOLEAN NOT NULL,
+        told BOOLEAN NOT NULL DEFAULT false,
+        PRIMARY KEY (api_job_id, job_id)
     """,
 }
 

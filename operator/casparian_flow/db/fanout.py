@@ -32,6 +32,10 @@ class Wanted(NamedTuple):
     match: Match
     generation: int = 0
     retry_of: int | None = None
+    overrides: str = ""
+    """JSON as `loading.parse_overrides` reads it, "" for the plugin's own sinks."""
+    pin: str = ""
+    rehearsal: int | None = None
 
 
 def load_rule_set(connection: duckdb.DuckDBPyConnection) -> RuleSet:
@@ -92,13 +96,14 @@ def merged_tags(ruled: dict[str, int], manual: dict[str, int] | None) -> dict[st
 def existing_jobs(
     connection: duckdb.DuckDBPyConnection, version_ids: Collection[int]
 ) -> set[tuple[int, str, int]]:
-    """(version, plugin, manifest) of every job that these versions have."""
+    """(version, plugin, manifest) of every job that these versions have, but rehearsals."""
     if not version_ids:
         return set()
     rows = connection.execute(
         f"""
         SELECT DISTINCT file_version_id, plugin_name, coalesce(plugin_manifest_id, 0)
         FROM {QUEUE_TABLE} WHERE file_version_id IN (SELECT unnest($1::BIGINT[]))
+          AND rehearsal IS NULL
         """,
         [list(version_ids)],
     ).fetchall()
@@ -125,7 +130,8 @@ def enqueue_one(
     file: FileFacts,
     now_us: int,
 ) -> Job:
-    """`enqueue` for one job whose file is known already, without reading it back."""
+    """`enqueue` for one job of the plugin's own sinks whose file is known already, without reading
+    it back."""
     (job_id,) = _insert(ledger, connection, [wanted], now_us)
     return Job(
         job_id=JobId(job_id),
@@ -159,7 +165,7 @@ def _insert(
             job_id,
             item.version_id,
             item.match.plugin,
-            None,
+            item.overrides or None,
             JobStatus.QUEUED.value,
             item.match.priority,
             item.generation,
@@ -168,6 +174,8 @@ def _insert(
             None,
             now_us,
             None,
+            item.pin or None,
+            item.rehearsal,
         )
         for job_id, item in zip(ids, wanted, strict=True)
     ]

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ _JOB_COLUMNS = """
     v.content_hash, v.size_bytes, v.dev, v.ino, v.mtime_ns, v.ctime_ns, v.seq, q.priority,
     q.generation, q.config_overrides, epoch_us(q.scheduled_at), q.status, q.attempt,
     q.retry_count, q.lease_token, q.lease_owner, q.plugin_manifest_id, q.retry_of,
-    epoch_us(q.created_at)
+    epoch_us(q.created_at), q.pin, q.rehearsal
 """
 _JOB_JOINS = """
     JOIN cf_file_version v ON v.id = q.file_version_id
@@ -124,7 +124,7 @@ def _job(row: tuple[Any, ...]) -> Job:
     (
         job_id, plugin, version, location, root, root_path, rel_path, digest, size, dev, ino,
         mtime_ns, ctime_ns, seq, priority, generation, overrides, not_before_us, status, attempt,
-        retry_count, token, owner, manifest_id, retry_of, created_us,
+        retry_count, token, owner, manifest_id, retry_of, created_us, pin, rehearsal,
     ) = row  # fmt: skip
     return Job(
         job_id=JobId(job_id),
@@ -150,6 +150,8 @@ def _job(row: tuple[Any, ...]) -> Job:
         manifest_id=ManifestId(manifest_id or 0),
         retry_of=JobId(retry_of) if retry_of else None,
         created_us=created_us,
+        pin=pin or "",
+        rehearsal=rehearsal,
     )
 
 
@@ -226,10 +228,34 @@ def parse_overrides(text: str) -> tuple[SinkSpec, ...]:
                 specs.append(_sink(topic, sink, SinkMode.APPEND))
             elif isinstance(sink, dict) and isinstance(sink.get("uri"), str):
                 mode = parse_mode(str(sink.get("mode") or "append"))
-                specs.append(_sink(topic, sink["uri"], mode, str(sink.get("schema_json") or "")))
+                schema = str(sink.get("schema_json") or "")
+                specs.append(_sink(topic, sink["uri"], mode, schema, _policy(sink)))
             else:
                 raise UsageError(f"config_overrides: topic {topic!r} wants a URI, got {sink!r:.80}")
     return tuple(specs)
+
+
+def _policy(sink: Mapping[str, Any]) -> QuarantinePolicy:
+    if sink.get("quarantine") is None:
+        return QuarantinePolicy()
+    try:
+        return msgspec.convert(sink["quarantine"], QuarantinePolicy)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"config_overrides: quarantine: {error}") from error
+
+
+def encode_overrides(sinks: Iterable[SinkSpec]) -> str:
+    """JSON that `parse_overrides` reads back to these sinks."""
+    tree: dict[str, list[dict[str, Any]]] = {}
+    for sink in sinks:
+        told = {
+            "uri": sink.uri,
+            "mode": sink.mode,
+            "schema_json": sink.schema_json,
+            "quarantine": sink.quarantine,
+        }
+        tree.setdefault(sink.topic, []).append(told)
+    return msgspec.json.encode(tree).decode()
 
 
 def sink_specs(

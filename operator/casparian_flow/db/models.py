@@ -268,6 +268,10 @@ class ProcessingJob(Base):
     generation: Mapped[int] = mapped_column(Integer, default=0)
     retry_of: Mapped[int | None]
     plugin_manifest_id: Mapped[int | None]
+    pin: Mapped[str | None]
+    """Code and parameters that alone may run it."""
+    rehearsal: Mapped[int | None]
+    """Set for a job that publishes nothing: rows of each topic that its report may hold."""
     created_at: Mapped[datetime] = mapped_column(default=_utc_now)
 
     file_version: Mapped[FileVersion | None] = relationship(
@@ -479,6 +483,7 @@ _SQL_TYPES: Final[dict[str, type[Any]]] = {
     "BIGINT": BigInteger,
     "VARCHAR": String,
     "TIMESTAMP": DateTime,
+    "BOOLEAN": Boolean,
 }
 
 
@@ -492,6 +497,12 @@ class ApiEvent(Base):
     """What happened to an API job. For reading."""
 
     __table__ = _derived_table("cf_api_events")
+
+
+class ApiTask(Base):
+    """A job of the queue that an API job waits for. For reading."""
+
+    __table__ = _derived_table("cf_api_tasks")
 
 
 class ApiApproval(Base):

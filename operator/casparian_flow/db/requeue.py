@@ -60,7 +60,7 @@ def submit(
 def _jobs_of(ledger: Ledger, version_id: int, plugin: str) -> list[dict[str, Any]]:
     sql = (
         f"SELECT id, status, generation, priority, plugin_manifest_id FROM {QUEUE_TABLE} "
-        "WHERE file_version_id = $1 AND plugin_name = $2 ORDER BY id"
+        "WHERE file_version_id = $1 AND plugin_name = $2 AND rehearsal IS NULL ORDER BY id"
     )
     rows = ledger.query(sql, [version_id, plugin], folded=False)
     # Most often there is none, and nothing whose state would have to be current.

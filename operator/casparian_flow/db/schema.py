@@ -147,6 +147,8 @@ TABLES: dict[str, str] = {
         generation INTEGER NOT NULL DEFAULT 0 CHECK (generation >= 0),
         retry_of BIGINT,
         plugin_manifest_id BIGINT,
+        pin VARCHAR,
+        rehearsal BIGINT CHECK (rehearsal >= 0),
         created_at TIMESTAMP NOT NULL
     """,
     "cf_journal": f"""

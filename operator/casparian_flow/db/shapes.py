@@ -33,6 +33,8 @@ QUEUE = RowShape(
         "scheduled_at": "TIMESTAMP",
         "created_at": "TIMESTAMP",
         "input_file": "VARCHAR",
+        "pin": "VARCHAR",
+        "rehearsal": "BIGINT",
     },
 )
 
@@ -91,6 +93,8 @@ def queue_row(item: NewJob) -> tuple[Any, ...]:
         job.not_before_us or None,
         job.created_us,
         None,
+        job.pin or None,
+        job.rehearsal,
     )
 
 

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     SOURCE_UNREADABLE = "source_unreadable"
     SUPERSEDED = "superseded"
     DUPLICATE_OUTPUT = "duplicate_output"
+    PLUGIN_CHANGED = "plugin_changed"
     CANCELLED = "cancelled"
     BUSY = "busy"
     NEED_PLUGIN = "need_plugin"
@@ -68,6 +69,7 @@ RULES: dict[Reason, ReasonRule] = {
     Reason.SOURCE_UNREADABLE: ReasonRule("the file could not be read", True),
     Reason.SUPERSEDED: ReasonRule("a newer version's result is already in place", False),
     Reason.DUPLICATE_OUTPUT: ReasonRule("this output was already published by another job", False),
+    Reason.PLUGIN_CHANGED: ReasonRule("the plugin is not the one this job was made for", False),
     Reason.CANCELLED: ReasonRule("cancelled on request", False),
     Reason.BUSY: ReasonRule("the worker had no free slot in time", True),
     Reason.NEED_PLUGIN: ReasonRule("the worker had not received the plugin's code", True),

@@ -37,6 +37,9 @@ class Job:
         token: of the current attempt, "" if never leased.
         owner: routing id of the leaseholder as hex, "" if none; informative after a restart.
         manifest: the granted outputs, only while STAGED.
+        pin: code and parameters that alone may run it (PluginSpec.code); "" for the active ones.
+        rehearsal: None for a job that publishes; else it never does, and its report holds at most
+            so many rows of each topic.
     """
 
     job_id: JobId
@@ -67,6 +70,8 @@ class Job:
     """Workers lost while they ran it, or that lacked its plugin; kept in memory only."""
     losses_unbegun: int = 0
     """Likewise, before they said that they had begun on it."""
+    pin: str = ""
+    rehearsal: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,11 @@ class PluginSpec:
     deployed_at_us: int = 0
     refused: str = ""
 
+    @property
+    def code(self) -> str:
+        """What would run: the artifact's hash and that of its parameters."""
+        return f"{self.artifact_hash}/{self.parameters_hash}"
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -156,8 +166,8 @@ class Record:
         RETURNED  reason
         RETRIED   reason, message, not_before_us, retry_count
         GRANTED   (manifest below)
-        COMPLETED completion, summary, metrics
-        FAILED    reason, message, dead_letter (bool)
+        COMPLETED completion, summary, metrics, report
+        FAILED    reason, message, dead_letter (none for a rehearsal), report
         ABORTED   reason, message, by
         SKIPPED   reason, message
     """

@@ -109,6 +109,28 @@ class ViolationSummary(msgspec.Struct, frozen=True, kw_only=True):
     samples: list[str] = msgspec.field(default_factory=list)
 
 
+class TopicReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the rows of one topic were like in one run of a plugin over one file.
+
+    Attributes:
+        topic: "" where a whole output was refused and the message alone says which.
+        rows: good and bad ones.
+        sample: some good rows, values as JSON has them or else as text.
+    """
+
+    topic: str = ""
+    rows: Count = 0
+    bad_rows: Count = 0
+    violations: list[ViolationSummary] = msgspec.field(default_factory=list)
+    sample: list[dict[str, Any]] = msgspec.field(default_factory=list)
+
+
+class RowsReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker tells of a run's rows."""
+
+    topics: list[TopicReport]
+
+
 def _snake(qualified_name: str) -> str:
     name = qualified_name.rpartition(".")[2]
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).removeprefix("_")
@@ -198,6 +220,33 @@ class OperationPayload(
         return str(self.__struct_config__.tag)
 
 
+class JobSpec(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    tag_field="carried_out_by",
+    tag="sentinel",
+):
+    """What a job that the Sentinel carries out was asked for, beside plugin, folder and sink.
+
+    A job without one is its maker's to carry out.
+
+    Attributes:
+        files: only these, paths below the folder; empty for all of it.
+        files_max: at most so many, by name; None for all.
+        rows_max: of a preview: rows of each topic that are shown, of all files together.
+        fail_fast: of a backtest: the first file that fails ends it.
+        force: of a run: also files that this plugin version has done already, beside that.
+    """
+
+    files: list[Text] = msgspec.field(default_factory=list)
+    files_max: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    rows_max: Annotated[int, msgspec.Meta(ge=0, le=1_000)] = 20
+    fail_fast: bool = False
+    force: bool = False
+
+
 class ApprovalOperation:
     """What a person can be asked to approve, one class each."""
 
@@ -209,6 +258,8 @@ class ApprovalOperation:
         input_dir: Text
         file_count: Count
         output: Text | None = None
+        spec: JobSpec | None = None
+        """There if the Sentinel carries the run out once it is approved."""
 
     class SchemaPromote(OperationPayload, frozen=True, kw_only=True):
         """Make a schema the contract of an output."""
@@ -278,7 +329,9 @@ class HttpJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: JobProgress | None = None
     result: JobResult | None = None
     spec_json: str | None = None
-    """What else the job was asked to do, as its maker wrote it."""
+    """What else the job was asked to do; a JobSpec if the Sentinel carries it out."""
+    preview_json: str | None = None
+    """The rows that a preview shows: a list of TopicReport."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -395,6 +448,13 @@ def decode_operation(text: str | bytes) -> OperationPayload:
     msgspec.MsgspecError: not an operation.
     """
     return _operation_decoder.decode(text)
+
+
+def decode_report(text: str | bytes) -> RowsReport:
+    """Raises:
+    msgspec.MsgspecError: not a report.
+    """
+    return msgspec.json.decode(text, type=RowsReport)
 
 
 def new_approval_id() -> str:

@@ -123,6 +123,8 @@ class Dispatch:
         signature: (dev, ino, size, mtime_ns, ctime_ns) recorded with the version.
         order_no: (version seq, manifest id, generation), which orders `replace`.
         sinks: replaces the spec's sinks for this job, or None.
+        rehearsal: None to publish; else nothing is staged, and the report of CONCLUDE may hold so
+            many rows of each topic.
     """
 
     token: str
@@ -136,6 +138,7 @@ class Dispatch:
     signature: tuple[int, int, int, int, int]
     order_no: tuple[int, int, int]
     sinks: tuple[SinkSpec, ...] | None = None
+    rehearsal: int | None = None
 
 
 @dataclass(slots=True)
@@ -198,6 +201,7 @@ class Conclude:
         reason: a domain.failures.Reason, for all but the first three.
         transient: overrides the reason's rule where the plugin knows better; None = the rule.
         log: tail of the plugin's output.
+        report: what the rows were like (http_types.RowsReport); "" for nothing to tell.
     """
 
     token: str
@@ -207,6 +211,7 @@ class Conclude:
     transient: bool | None = None
     metrics: dict[str, int] = field(default_factory=dict)
     log: str = ""
+    report: str = ""
 
 
 @dataclass(slots=True)

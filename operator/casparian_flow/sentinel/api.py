@@ -27,6 +27,7 @@ from casparian_flow.protocol.http_types import (
     HttpJobStatus,
     HttpJobType,
     JobResult,
+    JobSpec,
     OutputInfo,
 )
 
@@ -289,6 +290,30 @@ class ApiStore(Protocol):
             ConflictError: it is not approved, or has started a job.
         """
 
+    def start_job(
+        self,
+        job_type: HttpJobType,
+        plugin_name: str,
+        plugin_version: str | None,
+        input_dir: str,
+        output_sink: str | None = None,
+        *,
+        spec: JobSpec | None = None,
+    ) -> JobId:
+        """A queued job that the Sentinel carries out, while one runs; `create_job` leaves that to
+        its caller.
+
+        Args:
+            plugin_version: None for the active one; no other can be run.
+            input_dir: absolute; in a source root, or around some.
+            output_sink: of a run: where all topics go, None for the plugin's own sinks.
+
+        Raises:
+            NotFoundError: no such active plugin version, or no such file.
+            UsageError: a folder that is in no source root, or has no file for the plugin; a sink
+                that is none.
+        """
+
     def get_job(self, job_id: int) -> HttpJob | None:
         """The job, None if there is none."""
 
@@ -389,6 +414,27 @@ class ApiStore(Protocol):
             ConflictError: the id is taken.
         """
 
+    def request_run(
+        self,
+        plugin_name: str,
+        plugin_version: str | None,
+        input_dir: str,
+        output_sink: str | None = None,
+        *,
+        spec: JobSpec | None = None,
+        expires_in: timedelta = timedelta(hours=1),
+        requester: str | None = None,
+    ) -> Approval:
+        """Ask a person for a run. Once it is approved the Sentinel makes its one job and carries it
+        out, unless plugin, files, sink or parameters have changed: then the request is stale.
+
+        Args:
+            requester: over the control socket by default the caller's user name.
+
+        Raises:
+            NotFoundError, UsageError: as `start_job`.
+        """
+
     def get_approval(self, approval_id: str) -> Approval | None:
         """The request as it stands at this moment, None if there is none."""
 
@@ -406,10 +452,12 @@ class ApiStore(Protocol):
     ) -> bool:
         """Approve a pending request. False if it is missing, decided, expired or stale.
 
+        One made by `request_run` gets its job with that.
+
         Args:
             decided_by: over the control socket it is replaced by the caller's user name.
             binding: what would be done now; if that is not what was asked for, the request
-                becomes stale.
+                becomes stale. Not wanted for `request_run`'s, which are compared anyway.
 
         Raises:
             NotPermittedError: who asked may not decide.

@@ -21,6 +21,7 @@ QUIET: Final = frozenset(
     )
 )  # fmt: skip
 """Calls that change nothing, or come in great numbers; not logged."""
+REQUESTS: Final = frozenset({"create_approval", "request_run"})
 DECISIONS: Final = frozenset({"approve", "reject"})
 
 
@@ -41,7 +42,7 @@ def carry_out(
     """
     if method in DECISIONS:
         arguments = arguments | {"decided_by": _decider(caller)}
-    elif method == "create_approval" and arguments.get("requester") is None:
+    elif method in REQUESTS and arguments.get("requester") is None:
         arguments = arguments | {"requester": caller.user}
     elif method == "wait_events":
         return storage.events_later(**arguments)

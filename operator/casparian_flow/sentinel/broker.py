@@ -18,8 +18,9 @@ protocol"). Everything a worker repeats until answered gets the same answer agai
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from casparian_flow.domain.clock import Now
@@ -53,8 +54,8 @@ from casparian_flow.sentinel.ready_queue import ReadyQueue
 
 MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
-REFUSED = "not trusted: "
-"""Begins the reason of a pause that ends by itself when the version is trusted again."""
+REPORT_CHARS_MAX = 262_144
+"""Of a conclusion's report."""
 OBSERVATIONS_MAX = 10_000
 PLUGIN_FAULTS = frozenset(
     {
@@ -275,6 +276,10 @@ class Broker:
         spec = self.queue.lane(job.plugin).spec
         if spec is None:
             raise AssertionError("a lane without a spec is not runnable")
+        if job.pin and job.pin != spec.code:
+            told = f"version {spec.plugin_version} of {job.plugin} is active now"
+            self._skip(job, Reason.PLUGIN_CHANGED, told, now)
+            return
         attempt = job.attempt + 1
         token = fencing_token(self.ledger_id, self.epoch, job.job_id, attempt)
         self._record(
@@ -590,9 +595,8 @@ class Broker:
         self, job: Job, lease: Lease, status: CompletionStatus, message: m.Conclude, now: Now
     ) -> None:
         if status in GOOD:
-            self._complete(
-                job, status, {**metrics_of(job.manifest), **message.metrics}, message.log, now
-            )
+            metrics = {**metrics_of(job.manifest), **message.metrics}
+            self._complete(job, status, metrics, message, now)
             return
         # Only an operator ends a granted job; until then it is kept and shown.
         self._orphan(job.job_id, lease)
@@ -606,10 +610,11 @@ class Broker:
         text = message.error_message[:MESSAGE_CHARS_MAX]
         if status in GOOD:
             self._ensure_started(job, now)
-            self._complete(job, status, message.metrics, message.log, now)
+            self._complete(job, status, message.metrics, message, now)
         elif status is CompletionStatus.FAILED:
             self._ensure_started(job, now)
-            self._fail(job, reason, text, message.transient, message.log, now)
+            report = _report(message)
+            self._fail(job, reason, text, message.transient, message.log, now, report)
         elif status is CompletionStatus.SKIPPED:
             self._skip(job, reason, text, now)
             self._out.append(e.Rescan(job.root_id, job.rel_path))
@@ -650,12 +655,13 @@ class Broker:
     # -- how attempts end -------------------------------------------------------------------
 
     def _complete(
-        self, job: Job, status: CompletionStatus, metrics: Any, log: str, now: Now
+        self, job: Job, status: CompletionStatus, metrics: Any, message: m.Conclude, now: Now
     ) -> None:
-        self._finish(
-            job, JournalKind.COMPLETED, now, {"completion": status, "metrics": dict(metrics)}, log
-        )
+        data = {"completion": status, "metrics": dict(metrics), **_report(message)}
+        self._finish(job, JournalKind.COMPLETED, now, data, message.log)
         self.counters["jobs_completed"] += 1
+        if job.rehearsal is not None:
+            return
         lane = self.queue.lane(job.plugin)
         lane.failed_jobs.clear()
         if lane.health.consecutive_failures:
@@ -667,14 +673,24 @@ class Broker:
         self.counters["jobs_skipped"] += 1
 
     def _fail(
-        self, job: Job, reason: Reason, message: str, transient: bool | None, log: str, now: Now
+        self,
+        job: Job,
+        reason: Reason,
+        message: str,
+        transient: bool | None,
+        log: str,
+        now: Now,
+        report: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._count_against(job, reason, message, now)
         if transient is None:
             transient = RULES[reason].transient
+        # Who rehearses wants to hear of a failure, not of its fourth repetition.
+        transient = transient and job.rehearsal is None
         if not transient or not self.config.retry.allows(job.retry_count):
             self._let_go_and_observe(job, "failed", now)
-            self._dead_letter(job, reason, message, now, log=log, permanent=not transient)
+            permanent = not transient
+            self._dead_letter(job, reason, message, now, log, permanent, report)
             return
         self._let_go_and_observe(job, "retried", now)
         job.retry_count += 1
@@ -698,12 +714,11 @@ class Broker:
         now: Now,
         log: str = "",
         permanent: bool = False,
+        report: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        data = {
-            "reason": reason,
-            "message": message,
-            "dead_letter": "permanent_error" if permanent else "max_retries_exceeded",
-        }
+        data = {"reason": reason, "message": message, **report}
+        if job.rehearsal is None:
+            data["dead_letter"] = "permanent_error" if permanent else "max_retries_exceeded"
         self._record(job, JournalKind.FAILED, now, data, log=log)
         self._drop(job)
         self.counters["jobs_failed"] += 1
@@ -711,6 +726,8 @@ class Broker:
     def _count_against(self, job: Job, reason: Reason, message: str, now: Now) -> None:
         lane = self.queue.lane(job.plugin)
         if reason not in PLUGIN_FAULTS or job.job_id in lane.failed_jobs:
+            return
+        if job.rehearsal is not None:
             return
         if len(lane.failed_jobs) < self.config.breaker_failures:
             lane.failed_jobs.add(job.job_id)
@@ -984,6 +1001,12 @@ class Broker:
             require(len(worker.held) <= 2 * self.config.credit_max, "held is unbounded")
 
 
+def _report(message: m.Conclude) -> dict[str, str]:
+    """A conclusion's report as the journal keeps it; one beyond its bound is left out."""
+    fits = 0 < len(message.report) <= REPORT_CHARS_MAX
+    return {"report": message.report} if fits else {}
+
+
 def _holder(job: Job) -> Identity | None:
     """Who a job was leased to when the ledger was left; None for a grant that nobody publishes."""
     if not job.owner and job.status is JobStatus.STAGED:
@@ -1045,6 +1068,7 @@ def _dispatch_message(job: Job, spec: PluginSpec) -> m.Dispatch:
         job.signature,
         (job.version_seq, spec.manifest_id, job.generation),
         job.overrides,
+        job.rehearsal,
     )
 
 

@@ -25,6 +25,8 @@ def manifest_problem(
         spec: the plugin version the job was leased with; None if it was leased before a restart
             from a version superseded since: then its token has to vouch for the keys.
     """
+    if job.rehearsal is not None:
+        return "a rehearsal publishes nothing"
     if not 1 <= len(entries) <= OUTPUTS_MAX:
         return f"{len(entries)} outputs; want 1 to {OUTPUTS_MAX}"
     if [entry.n for entry in entries] != list(range(len(entries))):

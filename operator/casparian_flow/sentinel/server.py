@@ -36,6 +36,7 @@ from casparian_flow.domain.ids import Identity
 from casparian_flow.domain.records import Limits
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
+from casparian_flow.sentinel.api_runner import ApiRunner
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
 from casparian_flow.sentinel.control import remote
 from casparian_flow.sentinel.control_plane import ControlPlane
@@ -216,6 +217,9 @@ class Sentinel:
         self._wire_calls = WireCalls(plane, self._waker.wake, allowed=allowed)
         stack.callback(self._wire_calls.close)
         self._open_control(stack, plane)
+        runner = ApiRunner(self._loop, self._clock, plane.cancel_job)
+        stack.callback(runner.close)
+        plane.storage.news = runner.wake
         keeper = Housekeeping(plane.api, plane.on_ledger, config.retention, self._clock)
         stack.callback(keeper.close)
         # First of all at the end, also after a bug: calls that wait for a turn would otherwise
