@@ -95,6 +95,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "unknown scheme 'ftp'",
         "casparian topics set sales",
     ),
+    (
+        {"plugin": {"paused": True, "pause_reason": "not trusted: key k was revoked"}},
+        "plugin sales is paused: not trusted: key k was revoked",
+        "goes on by itself",
+    ),
     ({"plugin": {"outputs": 0}}, "wrote nothing", "casparian topics"),
     ({"stuck": [{"job_id": 5, "message": "no"}]}, "its sink refuses: no", "job resolve 5"),
     ({"orphans": [{"job_id": 6, "root_ids": ["r"]}]}, "output root r", "Start a worker"),

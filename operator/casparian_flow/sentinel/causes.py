@@ -8,6 +8,7 @@ from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.outputs import parse_sink_uri
 from casparian_flow.domain.wording import counted
+from casparian_flow.sentinel.broker import REFUSED
 
 Row = dict[str, Any]
 LISTED_MAX = 5
@@ -133,6 +134,19 @@ def _routing(facts: Facts) -> Found:
             )
 
 
+def _untrusted(facts: Facts) -> Found:
+    for row in facts.standing["plugins"]:
+        reason = str(row["pause_reason"])
+        if row["paused"] and reason.startswith(REFUSED):
+            yield (
+                f"plugin {row['plugin_name']} is paused: {reason}",
+                (
+                    "Publish a new version with a key that is trusted here, or trust its key; "
+                    "it then goes on by itself."
+                ),
+            )
+
+
 def _waiting(facts: Facts) -> Found:
     queued = facts.jobs[JobStatus.QUEUED]
     if not queued:
@@ -156,6 +170,8 @@ def _jobs(number: int, one: str, several: str) -> str:
 
 def _held_up(facts: Facts, row: Row) -> Found:
     name, queued = row["plugin_name"], row["queued"]
+    if row["paused"] and str(row["pause_reason"]).startswith(REFUSED):
+        return  # told by `_untrusted`
     if row["paused"]:
         yield (
             (
@@ -261,6 +277,7 @@ _CHECKS: dict[str, Callable[[Facts], Found]] = {
     "sources": _sources,
     "plugins": _plugins,
     "trials": _trials,
+    "trust": _untrusted,
     "routing": _routing,
     "waiting": _waiting,
     "sinks": _sinks,
