@@ -10,7 +10,7 @@ import click
 from casparian_flow.config import Settings, load_settings
 from casparian_flow.domain.errors import NotFoundError
 from casparian_flow.domain.paths import path_to_text
-from casparian_flow.sentinel.api import ControlApi, Row
+from casparian_flow.sentinel.api import ApiStore, ControlApi, Row
 
 if TYPE_CHECKING:
     from casparian_flow.sentinel.control import ControlClient
@@ -61,6 +61,14 @@ class App:
     @property
     def control(self) -> ControlApi:
         """Connected on first use; closed at the end of the command."""
+        return self._connected()
+
+    @property
+    def api(self) -> ApiStore:
+        """Jobs, events and approvals of the API, over the same connection."""
+        return self._connected().api
+
+    def _connected(self) -> "ControlClient":
         if self._control is None:
             self._control = self.connector(self.settings)
         return self._control
