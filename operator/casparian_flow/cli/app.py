@@ -29,7 +29,7 @@ from casparian_flow.domain.errors import CasparianError
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong request or configuration, 4 not found,
 5 conflict with what is recorded, 6 ledger unusable, 7 no Sentinel answers,
-8 not trusted.
+8 not trusted, 9 not permitted.
 
 \b
 Shell completion (bash; for zsh and fish write zsh_source, fish_source):
