@@ -1,0 +1,1 @@
+"""The MCP server: what a language model may ask of Casparian Flow, and the guards around it."""
