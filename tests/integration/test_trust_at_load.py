@@ -130,6 +130,21 @@ def test_a_configuration_that_cannot_be_read_trusts_nobody(desk: Desk) -> None:
         assert "is not valid TOML" in state(control)[1]
 
 
+def test_a_library_is_allowed_by_the_configuration_and_listed_in_the_ledger(desk: Desk) -> None:
+    desk.write("sales.py", "import dateutil\n" + desk.plugin.read_text())
+    assert "import of dateutil" in desk.publish(code=2).err
+    text = desk.config.read_text().replace("[trust]", '[trust]\nlibraries = ["dateutil"]')
+    desk.config.write_text(text)
+    with sentinel_of(desk) as (_, control):
+        desk.publish()
+        assert not state(control)[0]
+    listed = desk.run("sql", "SELECT library_name FROM cf_library_whitelist", "-o", "json").json
+    assert {"dateutil", "pandas"} < {row["library_name"] for row in listed}
+    desk.config.write_text(text.replace('["dateutil"]', "[]"))
+    with sentinel_of(desk) as (_, control):
+        assert "import of dateutil" in state(control)[1]
+
+
 # -- the worker ----------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from casparian_flow.db import whitelist
 from casparian_flow.db.ledger import MEMORY_LIMIT_MB, Ledger
 from casparian_flow.db.retention import HistoryAges
 from casparian_flow.db.writer import LedgerThread
@@ -239,6 +240,8 @@ class Sentinel:
             ledger = self._await_lock(Path(self.config.database))
         ledger.limits = self.config.limits
         ledger.screen = partial(refusal, self.config.trust)
+        libraries = self.config.trust().libraries
+        whitelist.record(ledger, libraries, now_us=self._clock.now().wall_us)
         return ledger
 
     def _await_lock(self, path: Path) -> Ledger:
