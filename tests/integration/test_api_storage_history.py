@@ -94,6 +94,22 @@ def test_a_job_stays_as_long_as_its_dead_letter(ledger: Ledger, clock: ManualClo
     assert ledger.check() == []
 
 
+def test_a_job_stays_as_long_as_an_api_job_stands_for_it(
+    ledger: Ledger, clock: ManualClock
+) -> None:
+    storage = ApiStorage(ledger, clock=clock)
+    api_job = storage.create_job(HttpJobType.RUN, "p", None, "/in")
+    with ledger.transaction() as connection:
+        connection.execute("INSERT INTO cf_api_tasks VALUES ($1, 3, true, true)", [api_job])
+    clean_history(ledger, ALL, now_us(clock, 2))
+    assert 3 in ids(ledger, "cf_processing_queue")
+    storage.cancel_job(api_job)
+    clock.seconds += 3600
+    storage.cleanup_old_data(1, 1)
+    assert clean_history(ledger, ALL, clock.now().wall_us).jobs == 1
+    assert ledger.check() == []
+
+
 def test_after_a_clean_up_jobs_go_on_and_no_id_comes_twice(
     ledger: Ledger, clock: ManualClock, tmp_path: Path
 ) -> None:
@@ -168,6 +184,7 @@ def test_a_snapshot_has_the_api_storage_in_it(tmp_path: Path, clock: ManualClock
         ("UPDATE cf_api_approvals SET job_id = NULL", "API job 2 names approval a"),
         ("UPDATE cf_api_approvals SET status = 'pending'", "approval a is pending, but"),
         ("UPDATE cf_api_jobs SET approval_id = 'a' WHERE job_id = 1", "approval a has started 2"),
+        ("INSERT INTO cf_api_tasks VALUES (1, 5, true, true)", "API job 1 stands for job 5"),
         ("DELETE FROM cf_api_jobs WHERE job_id = 1", "of API job 1, which does not exist"),
     ],
 )

@@ -143,6 +143,12 @@ RULES: Final[tuple[tuple[str, str], ...]] = (
            WHERE NOT EXISTS (SELECT 1 FROM cf_api_jobs j WHERE j.job_id = e.job_id)""",
     ),
     (
+        "API job {} stands for job {}, and one of them does not exist",
+        """SELECT t.api_job_id, t.job_id FROM cf_api_tasks t
+           WHERE NOT EXISTS (SELECT 1 FROM cf_api_jobs j WHERE j.job_id = t.api_job_id)
+              OR NOT EXISTS (SELECT 1 FROM cf_processing_queue q WHERE q.id = t.job_id)""",
+    ),
+    (
         "API job {} is {} and was ended at {}",
         """SELECT job_id, status, finished_at FROM cf_api_jobs
            WHERE (finished_at IS NULL) = (status IN ('completed', 'failed', 'cancelled'))""",

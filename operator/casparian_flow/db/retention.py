@@ -2,8 +2,9 @@
 
 What the lineage of an output refers to stays: a job that has outputs, its version, its journal.
 So does a version's job while the version is the current one, for it is what tells that the file
-has been dealt with, and a job that another one repeats. Versions go from the oldest on, so that a
-location keeps an unbroken row of them. Ids of what is deleted are never given again.
+has been dealt with; a job that another one repeats; and one that an API job stands for. Versions
+go from the oldest on, so that a location keeps an unbroken row of them. Ids of what is deleted
+are never given again.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Final
 
 import duckdb
 
+from casparian_flow.db.api_tables import TASKS
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import utc
 
@@ -70,6 +72,7 @@ def _jobs(connection: duckdb.DuckDBPyConnection, hours: float | None, now_us: in
           AND NOT EXISTS (SELECT 1 FROM cf_slice s WHERE s.job_id = q.id)
           AND NOT EXISTS (SELECT 1 FROM cf_dead_letter d WHERE d.original_job_id = q.id)
           AND NOT EXISTS (SELECT 1 FROM {_QUEUE} r WHERE r.retry_of = q.id)
+          AND NOT EXISTS (SELECT 1 FROM {TASKS} t WHERE t.job_id = q.id)
           AND NOT EXISTS (
               SELECT 1 FROM cf_file_location l WHERE l.current_version_id = q.file_version_id)
         """,
