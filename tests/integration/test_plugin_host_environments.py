@@ -76,6 +76,36 @@ def test_an_environment_is_built_once_for_several_slots_of_one_worker(tmp_path: 
     cache.close()
 
 
+def test_a_byte_changed_in_an_environment_is_named_and_nothing_is_run_with_it(
+    tmp_path: Path,
+) -> None:
+    uv = tmp_path / "uv"
+    uv.write_text(UV_DOUBLE + 'echo "x = 1" > "$UV_PROJECT_ENVIRONMENT/lib/tiny.py"\n')
+    uv.chmod(0o755)
+    cache = EnvironmentCache(str(tmp_path / "cache"), uv=str(uv))
+    prefix = Path(cache.obtain(LOCK).prefix)
+    file = prefix / "lib" / "tiny.py"
+    before = file.stat()
+    file.touch()
+    cache.obtain(LOCK)  # other times, the same bytes
+    file.write_text("x = 2\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(LaunchError, match=r"lib/tiny\.py was changed") as caught:
+            cache.obtain(LOCK)
+        assert caught.value.reason == Reason.ENVIRONMENT
+    file.write_text("x = 1\n")
+    cache.obtain(LOCK)
+    (prefix / "lib" / "more.pth").write_text("import os")
+    with pytest.raises(LaunchError, match=r"lib/more\.pth was added"):
+        cache.obtain(LOCK)
+    (prefix / "lib" / "more.pth").unlink()
+    file.unlink()
+    with pytest.raises(LaunchError, match=r"lib/tiny\.py was removed"):
+        cache.obtain(LOCK)
+    cache.close()
+
+
 def test_an_environment_is_built_once_for_several_workers(cache: str) -> None:
     told: list[str] = []
     caches = [EnvironmentCache(cache + "-shared") for _ in range(3)]

@@ -2,6 +2,7 @@
 
     <cache>/environments/<sha256 of the lock and the interpreter>/
         venv/          made by `uv sync --frozen`
+        files.json     every file in it, with its SHA-256
         ready.json     written last; its modification time says when it was last used
     <cache>/environments/<the same>.lock    exclusive while building or removing, shared while used
 
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.lockfile import LockError, read_lock, uv_program
+from casparian_worker.installed import Installed, record
 from casparian_worker.plugin_events import LaunchError
 
 BUILD_TIMEOUT_S = 900.0
@@ -114,6 +116,7 @@ class EnvironmentCache:
         self._uv = uv or uv_program()
         self._timeout_s = timeout_s
         self._held: dict[str, int] = {}
+        self._installed: dict[str, Installed] = {}
         self._turns: dict[str, threading.Lock] = {}
         """By key: the file locks tell processes apart, not the threads of one."""
 
@@ -126,7 +129,8 @@ class EnvironmentCache:
             progress: told in one line each what is being done.
 
         Raises:
-            LaunchError: the lock cannot be used, or uv failed; with uv's own message.
+            LaunchError: the lock cannot be used, uv failed (with its own message), or a file is
+                not the one that was installed.
         """
         if not lockfile:
             return own_environment()
@@ -134,6 +138,7 @@ class EnvironmentCache:
         try:
             with self._turns.setdefault(key, threading.Lock()):
                 final = self._ready(key, lockfile, progress)
+                self._require_unchanged(key, final)
         except OSError as error:
             raise _refusal(f"the environment cannot be kept: {error}", transient=True) from error
         venv = os.path.realpath(final / "venv")
@@ -148,17 +153,34 @@ class EnvironmentCache:
         if held < 0:
             held = self._held[key] = _open_lock(self._folder / f"{key}.lock")
         fcntl.flock(held, fcntl.LOCK_SH)
-        if not (final / "ready.json").exists():
+        if not _complete(final):
             fcntl.flock(held, fcntl.LOCK_EX)
-            if not (final / "ready.json").exists():
+            if not _complete(final):
                 self._build(lockfile, final, progress)
                 self.clean(keep=key)
             fcntl.flock(held, fcntl.LOCK_SH)
         os.utime(final / "ready.json")
         return final
 
+    def _require_unchanged(self, key: str, final: Path) -> None:
+        try:
+            if key not in self._installed:
+                self._installed[key] = Installed(final / "venv", final / "files.json")
+            change = self._installed[key].change()
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise _refusal(
+                f"the record of the environment {final} cannot be read: {error}",
+                hint="Stop the worker and delete this folder: it is made again.",
+            ) from error
+        if change:
+            raise _refusal(
+                f"the environment is not the one that was installed: {change} in {final / 'venv'}",
+                hint="Stop the worker and delete this folder: it is made again.",
+            )
+
     def close(self) -> None:
         """Let go of every environment handed out."""
+        self._installed.clear()
         for held in self._held.values():
             os.close(held)
         self._held.clear()
@@ -210,6 +232,7 @@ class EnvironmentCache:
             progress(f"building an environment of {len(lock.packages)} packages")
             self._sync(project, staged / "venv")
             size = _bytes_below(staged / "venv")
+            record(staged / "venv", staged / "files.json")
             shutil.rmtree(project)
             shutil.rmtree(final, ignore_errors=True)  # of a removal that was cut short
             (staged / "ready.json").write_text(json.dumps({"bytes": size}), encoding="ascii")
@@ -249,6 +272,10 @@ class EnvironmentCache:
             told = done.stderr[-_MESSAGE_BYTES_MAX:].decode("utf-8", "replace").strip()
             network = any(sign in told.lower() for sign in _NETWORK_SIGNS)
             raise _refusal(f"uv sync failed: {told}", transient=network)
+
+
+def _complete(final: Path) -> bool:
+    return (final / "ready.json").exists() and (final / "files.json").exists()
 
 
 def environment_key(lockfile: str) -> str:
