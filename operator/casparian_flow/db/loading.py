@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -128,11 +129,12 @@ def _job(row: tuple[Any, ...]) -> Job:
     ) = row  # fmt: skip
     return Job(
         job_id=JobId(job_id),
-        plugin=plugin,
+        # What many jobs share is kept once: the Sentinel holds its whole queue in memory.
+        plugin=sys.intern(plugin),
         version_id=VersionId(version),
         location_id=LocationId(location),
         root_id=RootId(root),
-        root_path=root_path,
+        root_path=sys.intern(root_path),
         rel_path=rel_path,
         content_hash=digest,
         size=size,
