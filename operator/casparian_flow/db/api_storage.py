@@ -10,6 +10,7 @@ job is not changed any more; of two decisions on one request exactly one counts.
 api_jobs.py and api_approvals.py, how calls share a transaction in group_commit.py.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -25,7 +26,7 @@ from casparian_flow.db.api_tables import API_TABLES
 from casparian_flow.db.deadlines import Deadlines
 from casparian_flow.db.group_commit import DirectDoor, GroupCommit, LedgerDoor
 from casparian_flow.db.job_queue import DbConnection
-from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.ledger import Ledger, open_ledger_at
 from casparian_flow.domain.clock import Clock, SystemClock, utc
 from casparian_flow.domain.errors import (
     CasparianError,
@@ -66,6 +67,8 @@ WAITERS_MAX: Final = 128
 """Calls that wait for news without a thread of their own."""
 APPROVAL_AGE: Final = timedelta(hours=1)
 """How long a request waits for a decision, if nothing else is said."""
+OPEN_WAIT_S: Final = 10.0
+OPEN_POLL_S: Final = 0.1
 _SCHEME: Final = "duckdb:"
 _US_PER_HOUR: Final = 3_600_000_000
 HOURS_MAX: Final = 1e7
@@ -106,31 +109,40 @@ class ApiStorage:
 
     @classmethod
     def open(
-        cls, url: str | Path, *, clock: Clock | None = None, allow_self_approval: bool = True
+        cls,
+        url: str | Path,
+        *,
+        clock: Clock | None = None,
+        allow_self_approval: bool = True,
+        control_address: str = "",
     ) -> "ApiClient":
         """The storage in a ledger file: `duckdb:PATH`, or `duckdb::memory:`.
 
         If a Sentinel has the file open, the same calls go over its control socket, and it
         decides who may approve.
 
+        Args:
+            control_address: where that Sentinel listens, if not beside the ledger.
+
         Raises:
             UsageError: no such URL.
+            LedgerLockedError: somebody has the ledger open and answers to nobody.
             LedgerError: the ledger cannot be used.
         """
         clock = clock or SystemClock()
-        text = str(url)
-        place = text.removeprefix(_SCHEME)
-        if not place or ("://" in place and place != ":memory:"):
-            raise UsageError(f"{text!r} is no ledger", hint="Use duckdb:PATH or duckdb::memory:.")
+        place = str(url).removeprefix(_SCHEME)
+        if not place or "://" in place:
+            raise UsageError(
+                f"{str(url)[:200]!r} is no ledger", hint="Use duckdb:PATH or duckdb::memory:."
+            )
         if place == ":memory:":
-            ledger = Ledger.in_memory(clock=clock)
+            opened: Ledger | ApiClient = Ledger.in_memory(clock=clock)
         else:
-            try:
-                ledger = Ledger.open(place, clock=clock)
-            except LedgerLockedError as locked:
-                return _remote(Path(place), locked)
-        storage = cls(ledger, clock=clock, allow_self_approval=allow_self_approval)
-        storage._owned = ledger
+            opened = _open_or_ask(Path(place), control_address, clock)
+        if not isinstance(opened, Ledger):
+            return opened
+        storage = cls(opened, clock=clock, allow_self_approval=allow_self_approval)
+        storage._owned = opened
         return storage
 
     def close(self) -> None:
@@ -544,15 +556,33 @@ def _age_us(hours: object) -> int:
     return int(hours * _US_PER_HOUR)
 
 
-def _remote(path: Path, locked: LedgerLockedError) -> "ApiClient":
-    # Imported late: the control client needs zmq, and this module must not.
-    from casparian_flow.sentinel.control import remote
-    from casparian_flow.sentinel.paths import control_address
+def _open_or_ask(path: Path, control_address: str, clock: Clock) -> "Ledger | ApiClient":
+    """The ledger, once whoever has it open lets it go, or the Sentinel that has it.
 
-    client = remote(control_address(path))
+    A Sentinel that is just starting or stopping holds it without answering.
+    """
+    deadline = clock.now().mono + OPEN_WAIT_S
+    while True:
+        try:
+            return Ledger.open(path, clock=clock)
+        except LedgerLockedError:
+            client = _sentinel(path, control_address)
+            if client is not None:
+                return client
+            if open_ledger_at(path) is not None or clock.now().mono >= deadline:
+                raise
+        threading.Event().wait(OPEN_POLL_S)
+
+
+def _sentinel(path: Path, control_address: str) -> "ApiClient | None":
+    # Imported late: the control client needs zmq, and this module must not.
+    from casparian_flow.sentinel import paths
+    from casparian_flow.sentinel.control import remote
+
+    client = remote(paths.control_address(path, control_address))
     try:
         client.ping()
     except SentinelUnreachableError:
         client.close()
-        raise locked from None
+        return None
     return client.api
