@@ -172,6 +172,30 @@ class ApprovalsSettings(_Section):
     alone, so that one person is behind everything."""
 
 
+class McpSettings(_Section):
+    """The MCP server, `casparian mcp serve`."""
+
+    allowed_paths: tuple[Path, ...] = ()
+    """Folders that tools may look into, with all beneath. Empty: the source roots."""
+    redaction: Literal["none", "truncate", "hash"] = "hash"
+    """Least that is done to text values before a client sees them; a call may ask for more."""
+    audit_log: Path = Path("mcp_audit.ndjson")
+    """File of one line of JSON for each call, for its owner's eyes only."""
+    approval_minutes: Annotated[float, Field(ge=0.01, le=10_080)] = 60.0
+    """Minutes after which a request that nobody decided on expires."""
+    query_timeout_seconds: Annotated[float, Field(ge=0.1, le=600)] = 30.0
+    """Seconds that one query may take."""
+    query_memory_mb: Annotated[int, Field(ge=64, le=65_536)] = 512
+    """Mebibytes that one query may use."""
+    host: str = "127.0.0.1"
+    """Address to listen on with `--http`. Beyond loopback a token is needed."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8765
+    """TCP port with `--http`; 0 takes a free one."""
+    token: SecretStr = SecretStr("")
+    """Bearer token of every HTTP request, 32 characters or more; better in
+    `CASPARIAN_MCP__TOKEN`, which leaves no copy on disk. Empty: none, on loopback only."""
+
+
 class RetentionSettings(_Section):
     """How long history is kept. 0 keeps it for ever; what an output's lineage refers to always
     stays."""
@@ -265,6 +289,7 @@ class Settings(BaseSettings):
     logging: LoggingSettings = LoggingSettings()
     sandbox: SandboxSettings = SandboxSettings()
     approvals: ApprovalsSettings = ApprovalsSettings()
+    mcp: McpSettings = McpSettings()
     retention: RetentionSettings = RetentionSettings()
     trust: TrustSettings = TrustSettings()
 
@@ -403,7 +428,7 @@ def _explained(
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = _PLAIN_WORDS.get(item["type"], message)
-            found = "" if key == "password" else f" (found {item['input']!r})"
+            found = "" if key in {"password", "token"} else f" (found {item['input']!r})"
             problems.append(f"{origin}: key {key!r} {place}: {message}{found}")
     return ConfigError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)) or _VALUE_HINT)
 
@@ -458,6 +483,14 @@ def _anchored(loaded: Settings, folder: Path) -> Settings:
                     "output_root": absolute(worker.output_root),
                     "scratch": absolute(worker.scratch),
                     "cache_dir": absolute(worker.cache_dir),
+                }
+            ),
+            "mcp": loaded.mcp.model_copy(
+                update={
+                    "allowed_paths": tuple(
+                        folder / path.expanduser() for path in loaded.mcp.allowed_paths
+                    ),
+                    "audit_log": absolute(loaded.mcp.audit_log),
                 }
             ),
             "trust": loaded.trust.model_copy(

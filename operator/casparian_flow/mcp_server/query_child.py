@@ -217,6 +217,8 @@ def referenced_tables(connection: duckdb.DuckDBPyConnection, sql: str) -> set[st
         RefusedError: not exactly one SELECT, or one that calls a table function that reads.
         duckdb.ParserException: no SQL.
     """
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in sql):
+        raise RefusedError("the text is not Unicode")
     statements = connection.extract_statements(sql)
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         kinds = ", ".join(s.type.name for s in statements[:5]) or "nothing"
