@@ -144,6 +144,18 @@ def test_after_a_failed_commit_ids_go_on_without_a_gap(
     assert ledger.check() == []
 
 
+def test_more_writes_than_one_transaction_takes_are_all_done(
+    storage: ApiStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casparian_flow.db.group_commit.GATHER_MAX", 2)
+    job_id = new_job(storage)
+    commits = storage._commits
+    waiting: list[Future[int]] = [Future() for _ in range(5)]
+    commits._pending.extend((add(job_id), future) for future in waiting)
+    assert commits.submit(add(job_id)).result(20) == 6
+    assert [future.result(20) for future in waiting] == [1, 2, 3, 4, 5]
+
+
 def test_a_door_that_is_closed_leaves_nothing_waiting(ledger: Ledger) -> None:
     class Closed(SlowDoor):
         def call(self, fn: Callable[[Ledger], Any]) -> "Future[Any]":

@@ -108,19 +108,23 @@ class GroupCommit:
         return future
 
     def _lead(self, future: "Future[Any]") -> None:
-        """Wait for the round that another caller's thread works on, or do one."""
-        with self._changed:
-            while self._leading and not future.done():
-                self._changed.wait()
-            if future.done():
-                return
-            self._leading = True
-        try:
-            self._door.call(self._round)
-        finally:
+        """Wait for the rounds that another caller's thread works on, or do them."""
+        while True:
             with self._changed:
-                self._leading = False
-                self._changed.notify_all()
+                while self._leading and not future.done():
+                    self._changed.wait()
+                if future.done():
+                    return
+                self._leading = True
+            try:
+                done = self._door.call(self._round)
+            finally:
+                with self._changed:
+                    self._leading = False
+                    self._changed.notify_all()
+            error = done.exception()
+            if error is not None and not future.done():
+                raise error
 
     def _round(self, ledger: Ledger) -> None:
         """Raises:
