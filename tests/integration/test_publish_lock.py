@@ -65,7 +65,7 @@ class Index(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(data)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - named by http.server
 
     def log_message(self, *_: object) -> None:
         """Quiet."""

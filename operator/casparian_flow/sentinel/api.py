@@ -213,7 +213,7 @@ class ControlApi(Protocol):
         """Every version of every plugin, newest of each first, with how it stands."""
 
     def list_trials(self) -> list[Row]:
-        """{plugin_id, plugin_name, version, state, tries, note} of versions that are to be tried."""
+        """{plugin_id, plugin_name, version, state, tries, note} of versions to be tried."""
 
     def rollback_plugin(self, plugin: str, version: str) -> Row:
         """Make an earlier version active again: {plugin, version, superseded, withdrawn, kept,
