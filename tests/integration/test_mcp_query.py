@@ -268,8 +268,8 @@ def test_a_child_answers_and_leaves_no_copy(child: Asked, tmp_path: Path) -> Non
 def test_a_query_without_end_and_one_that_is_too_large_are_stopped(
     child: Asked, tmp_path: Path
 ) -> None:
-    with pytest.raises(QueryFailedError, match="within 1 seconds|time is over"):
+    with pytest.raises(QueryFailedError, match=r"within 1 seconds|time is over"):
         child("SELECT sum(a.range * b.range) FROM range(10000000000) a, range(99999) b", 1)
-    with pytest.raises(QueryFailedError, match="MiB|limits|memory"):
+    with pytest.raises(QueryFailedError, match=r"MiB|limits|memory"):
         child("SELECT list(range) FROM range(10000000000)", 30, 64)
     assert list(tmp_path.iterdir()) == []

@@ -39,6 +39,7 @@ TELLING: Final = (duckdb.ParserException, duckdb.BinderException, duckdb.Catalog
 """Errors found before a value is read, so that their text tells of none."""
 READERS: Final = {"parquet": "read_parquet", "csv": "read_csv"}
 FETCH_ROWS: Final = 256
+INTERRUPT_S: Final = 0.2
 SLACK_BYTES: Final = 2 << 30
 """Address space beside DuckDB's own memory: code, threads, allocator."""
 _SYSTEM: Final = ("/usr", "/lib", "/lib64", "/etc/localtime", "/dev/urandom", "/dev/null",
@@ -87,12 +88,11 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """{columns, types, rows, truncated}, or {refused} or {failed} with a message."""
     redactor = Redactor(RedactionMode(request["redaction"]), bytes.fromhex(request["key"]))
     connection = _open(request)
-    timer = threading.Timer(request["timeout_s"], connection.interrupt)
-    timer.daemon = True
-    timer.start()
+    ended = threading.Event()
     try:
         _prepare(connection, request)
         redactor = replace(redactor, known=_words(connection))
+        _interrupt_after(connection, request["timeout_s"], ended)
         return _run(connection, request["sql"], request["limit"], redactor)
     except RefusedError as error:
         return {"refused": str(error)}
@@ -106,7 +106,21 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         told = redactor.mode is RedactionMode.NONE
         return {"failed": str(error)[:2_000] if told else _without_values(error)}
     finally:
-        timer.cancel()
+        ended.set()
+
+
+def _interrupt_after(
+    connection: duckdb.DuckDBPyConnection, seconds: float, ended: threading.Event
+) -> None:
+    """Interrupt what runs after some seconds, again and again: one that comes too early is lost."""
+
+    def watch() -> None:
+        if ended.wait(seconds):
+            return
+        while not ended.wait(INTERRUPT_S):
+            connection.interrupt()
+
+    threading.Thread(target=watch, name="interrupt", daemon=True).start()
 
 
 def _without_values(error: Exception) -> str:
