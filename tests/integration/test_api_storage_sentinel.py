@@ -129,7 +129,7 @@ def test_nobody_decides_over_a_socket_that_names_nobody() -> None:
         storage = ApiStorage(ledger)
         for method in ("approve", "reject"):
             with pytest.raises(NotPermittedError):
-                carry_out(storage, storage, method, {"approval_id": "a"}, Caller("tcp"))
+                carry_out(storage, method, {"approval_id": "a"}, Caller("tcp"))
 
 
 def test_a_sentinel_may_forbid_to_approve_ones_own_request(database: Path) -> None:

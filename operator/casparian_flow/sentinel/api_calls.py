@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.domain.errors import NotPermittedError
-from casparian_flow.sentinel.api import ApiStore
 from casparian_flow.sentinel.caller import Caller
 from casparian_flow.sentinel.control_codec import API_PREFIX
 
@@ -26,13 +25,9 @@ DECISIONS: Final = frozenset({"approve", "reject"})
 
 
 def carry_out(
-    store: ApiStore, storage: ApiStorage, method: str, arguments: dict[str, Any], caller: Caller
+    storage: ApiStorage, method: str, arguments: dict[str, Any], caller: Caller
 ) -> object:
     """One call by its name.
-
-    Args:
-        store: carries it out; may do more than `storage` does.
-        storage: where waiting happens.
 
     Returns:
         The result, or a future of it for a call that waits.
@@ -46,7 +41,7 @@ def carry_out(
         arguments = arguments | {"requester": caller.user}
     elif method == "wait_events":
         return storage.events_later(**arguments)
-    return getattr(store, method)(**arguments)
+    return getattr(storage, method)(**arguments)
 
 
 def _decider(caller: Caller) -> str:

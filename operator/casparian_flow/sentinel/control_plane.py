@@ -51,7 +51,6 @@ from casparian_flow.sentinel import api_calls
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.api import (
     AWAIT_MAX_S,
-    ApiClient,
     ChunkResult,
     FileFinding,
     Row,
@@ -107,8 +106,7 @@ class ControlPlane:
         desk: where trials are carried out; None if no Sentinel serves any worker.
 
     Attributes:
-        storage: the API's jobs, events and approvals in this ledger.
-        api: carries the API's calls out; `storage`, or what does more around it.
+        api: the API's jobs, events and approvals in this ledger.
     """
 
     def __init__(
@@ -133,8 +131,7 @@ class ControlPlane:
         self._trials = trials
         self._desk = desk
         self._started_us = clock.now().wall_us
-        self.storage = ApiStorage(door=loop, clock=clock, allow_self_approval=allow_self_approval)
-        self.api: ApiClient = self.storage
+        self.api = ApiStorage(door=loop, clock=clock, allow_self_approval=allow_self_approval)
 
     def carry_out(self, operation: Operation, arguments: dict[str, Any], caller: Caller) -> object:
         """One operation by name, for the control socket; writes are logged with their caller.
@@ -148,7 +145,7 @@ class ControlPlane:
                 log.info("%s by %s", operation.name, caller)
             if operation.name.startswith(API_PREFIX):
                 method = operation.name.removeprefix(API_PREFIX)
-                return api_calls.carry_out(self.api, self.storage, method, arguments, caller)
+                return api_calls.carry_out(self.api, method, arguments, caller)
             return getattr(self, DEFERRED.get(operation.name, operation.name))(**arguments)
         finally:
             _actor.reset(token)

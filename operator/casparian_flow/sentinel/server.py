@@ -220,7 +220,7 @@ class Sentinel:
         self._open_control(stack, plane)
         runner = ApiRunner(self._loop, self._clock, plane.cancel_job)
         stack.callback(runner.close)
-        plane.storage.news = runner.wake
+        plane.api.news = runner.wake
         keeper = Housekeeping(plane.api, plane.on_ledger, config.retention, self._clock)
         stack.callback(keeper.close)
         # First of all at the end, also after a bug: calls that wait for a turn would otherwise
