@@ -10,6 +10,7 @@ from casparian_flow.sentinel.causes import Facts, explain
 PLUGIN = {
     "plugin_name": "sales",
     "version": "1.0.0",
+    "wired": True,
     "jobs": 3,
     "queued": 0,
     "delayed": 0,

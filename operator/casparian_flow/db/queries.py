@@ -257,13 +257,14 @@ _PLUGIN_STANDING = """
         SELECT q.plugin_name, count(*) AS outputs
         FROM cf_output o JOIN cf_processing_queue q ON q.id = o.job_id GROUP BY q.plugin_name
     ), active AS (
-        SELECT plugin_name, any_value(version) AS version
-        FROM cf_plugin_manifest WHERE status = 'ACTIVE' GROUP BY plugin_name
+        SELECT plugin_name, any_value(version) FILTER (status = 'ACTIVE') AS version
+        FROM cf_plugin_manifest WHERE status IN ('ACTIVE', 'STAGING') GROUP BY plugin_name
     ), topics AS (
         SELECT plugin_name, list(uri ORDER BY topic_name) AS uris
         FROM cf_topic_config GROUP BY plugin_name
     )
-    SELECT name AS plugin_name, active.version, coalesce(jobs, 0) AS jobs,
+    SELECT name AS plugin_name, active.version, active.plugin_name IS NOT NULL AS wired,
+           coalesce(jobs, 0) AS jobs,
            coalesce(queued, 0) AS queued, coalesce(delayed, 0) AS delayed,
            coalesce(completed, 0) AS completed, a_completed_job, coalesce(outputs, 0) AS outputs,
            coalesce(uris, []) AS uris, coalesce(h.paused, false) AS paused,

@@ -123,7 +123,7 @@ def _routing(facts: Facts) -> Found:
     if not facts.standing["files"]:
         return
     for row in facts.standing["plugins"]:
-        if row["version"] and not row["jobs"]:
+        if row["wired"] and not row["jobs"]:
             name = row["plugin_name"]
             yield (
                 f"plugin {name} has no job: no file seen since its deploy matches its rules",
