@@ -137,7 +137,8 @@ def test_a_plugin_that_paused_itself_is_explained(flow: Flow) -> None:
     flow.work_off(code=1)
     flow.write("inbox/one-more.csv", "a\n5\n")
     with flow.start():
-        wait_for("the job that waits", lambda: flow.counts().get("QUEUED"))
+        wait_for("all jobs that wait", lambda: flow.counts().get("QUEUED") == 3)
+        wait_for("a worker", lambda: flow.json("workers"))
         said = causes(flow)
     assert "plugin sales is paused" in said
     assert "casparian plugin resume sales" in said

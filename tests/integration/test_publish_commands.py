@@ -93,7 +93,7 @@ def test_each_step_is_named_on_a_terminal_and_nothing_in_a_pipe(
         "casparian_flow.cli.publish.Steps._line", lambda _, name, mark, __: shown.append(name)
     )
     desk.publish()
-    assert shown == ["lock", "artifact", "authenticate", "sign", "gatekeeper", "deploy"]
+    assert shown == ["look", "lock", "artifact", "authenticate", "sign", "gatekeeper", "deploy"]
 
 
 BAD_PLUGINS = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casparian_flow.cli.context import App, output_option, pass_app
-from casparian_flow.cli.output import many_lines, note, show_data, to_json
+from casparian_flow.cli.output import many_lines, note, short_hash, show_data, to_json
 from casparian_flow.cli.trials import await_trial, wait_option
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, NotFoundError, UsageError
@@ -97,22 +97,20 @@ def publish(
       casparian publish my_plugin.py --version 1.0.0 --out my_plugin.casparian
     """
     from casparian_flow.config_trust import rules_of
-    from casparian_flow.services.publisher import build, signed
-    from casparian_flow.trust.bundle import pack
+    from casparian_flow.services.publisher import bundled, locked, read_plugin, signed
 
     rules = rules_of(app.settings.trust)
     steps = Steps(shown=sys.stderr.isatty() and not app.json)
+    with steps.step("look"):  # so that what the Gatekeeper will refuse is told before the rest
+        draft = read_plugin(file, version=version, name=name)
+        rules.require_source(draft.source, file.name)
+        steps.tell(f"{draft.name} {draft.version}")
     with steps.step("lock"):
-        bundle = build(
-            file,
-            version=version,
-            name=name,
-            look=lambda source: rules.require_source(source, file.name),
-            tell=steps.tell,
-        )
+        lock = locked(draft)
+        steps.tell(lock.told)
     with steps.step("artifact"):
-        pack(bundle)  # too large a part is refused here
-        steps.tell(f"{bundle.name} {bundle.version} is {bundle.artifact_hash}")
+        bundle = bundled(draft, lock.text)
+        steps.tell(f"sha256 {short_hash(bundle.artifact_hash)}…")
     with steps.step("authenticate"):
         private = _signing_key(app, key)
         who = _authenticated(app, publisher)

@@ -1,16 +1,16 @@
 """The client's side of publishing: from a file to a signed bundle."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.lockfile import check_lock
 from casparian_flow.domain.records import Sample
 from casparian_flow.domain.samples import SAMPLES_BYTES_MAX, SAMPLES_MAX, samples_problem
-from casparian_flow.services.locking import lock
+from casparian_flow.services.locking import Locked, lock
 from casparian_flow.services.manifest import plugin_name, plugin_version, read_manifest
 from casparian_flow.services.patterns import compile_pattern
-from casparian_flow.trust.bundle import SOURCE_BYTES_MAX, Bundle, make_bundle
+from casparian_flow.trust.bundle import SOURCE_BYTES_MAX, Bundle, make_bundle, pack
 from casparian_flow.trust.envelope import Identity, sign, statement_of
 from casparian_flow.trust.keys import PrivateKey
 
@@ -18,21 +18,27 @@ DEFAULT_VERSION = "1.0.0"
 SAMPLES_FOLDER = "examples"
 
 
-def build(
-    file: str | Path,
-    *,
-    version: str = "",
-    name: str = "",
-    look: Callable[[str], None] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Bundle:
-    """An unsigned bundle of a plugin file, with its lock file (services/locking.py) and samples.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plugin file that was read and looks like one that can be deployed.
+
+    Attributes:
+        pattern: which files it takes, as its MANIFEST says.
+    """
+
+    path: Path
+    source: str
+    name: str
+    version: str
+    pattern: str
+
+
+def read_plugin(file: str | Path, *, version: str = "", name: str = "") -> Draft:
+    """Read a plugin file and what its MANIFEST says.
 
     Args:
         version: "" takes the MANIFEST's, or 1.0.0 if it has none.
         name: "" takes the MANIFEST's, or the file's name without its suffix.
-        look: may refuse the source before anything is done with it.
-        tell: hears what was done about the lock file.
 
     Raises:
         UsageError: the file or what is in it cannot be deployed.
@@ -42,14 +48,42 @@ def build(
         raise UsageError(f"{path} is no Python file", hint="Give the plugin's .py file.")
     source = _read_text(path, SOURCE_BYTES_MAX)
     manifest = read_manifest(source, path.name)
-    named = plugin_name(name or manifest.name or path.stem)
-    numbered = plugin_version(version or manifest.version or DEFAULT_VERSION)
-    if look is not None:
-        look(source)
-    locked = lock(path, source, _read_text)
-    check_lock(locked.text)
-    tell(locked.told)
-    return make_bundle(named, numbered, source, locked.text, read_samples(path, manifest.pattern))
+    return Draft(
+        path,
+        source,
+        plugin_name(name or manifest.name or path.stem),
+        plugin_version(version or manifest.version or DEFAULT_VERSION),
+        manifest.pattern,
+    )
+
+
+def locked(draft: Draft) -> Locked:
+    """The plugin's lock file (services/locking.py), if a worker can make an environment from it.
+
+    Raises:
+        UsageError: it cannot be had, or no worker could use it.
+    """
+    found = lock(draft.path, draft.source, _read_text)
+    check_lock(found.text)
+    return found
+
+
+def bundled(draft: Draft, lockfile: str) -> Bundle:
+    """An unsigned bundle of a plugin with its lock file and samples.
+
+    Raises:
+        UsageError: its samples cannot be taken along, or a part is too large.
+    """
+    samples = read_samples(draft.path, draft.pattern)
+    bundle = make_bundle(draft.name, draft.version, draft.source, lockfile, samples)
+    pack(bundle)
+    return bundle
+
+
+def build(file: str | Path, *, version: str = "", name: str = "") -> Bundle:
+    """All three in one: read, lock, bundle."""
+    draft = read_plugin(file, version=version, name=name)
+    return bundled(draft, locked(draft).text)
 
 
 def read_samples(plugin: Path, pattern: str) -> tuple[Sample, ...]:
