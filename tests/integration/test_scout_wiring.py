@@ -17,7 +17,7 @@ from casparian_flow.domain.records import Record
 from casparian_flow.sentinel.api import ControlApi, FileFinding, Row, ScanReport
 from casparian_flow.sentinel.control import connect
 from casparian_flow.services import architect
-from casparian_flow.services.publisher import build
+from casparian_flow.services.publisher import bundled, locked, read_plugin
 from casparian_flow.services.publisher import signed as signed_by
 from casparian_flow.trust.bundle import pack
 
@@ -384,7 +384,9 @@ def test_publishing_takes_name_version_and_lock_from_beside_the_file(tmp_path: P
     (tmp_path / "uv.lock").write_text(LOCK)
 
     def publish(control: ControlApi, **given: str) -> Row:
-        bundle = signed_by(build(file, **given), KEY, publisher="ann", now_us=T0)
+        draft = read_plugin(file, **given)
+        unsigned = bundled(draft, locked(draft).text)
+        bundle = signed_by(unsigned, KEY, publisher="ann", now_us=T0)
         return control.deploy(pack(bundle))
 
     with connect(tmp_path / "ledger.duckdb", trust=rules) as control:
@@ -411,6 +413,6 @@ def test_publishing_refuses_what_cannot_be_deployed(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        build(tmp_path / name)
+        read_plugin(tmp_path / name)
     with pytest.raises(UsageError, match="no file"):
-        build(tmp_path / "missing.py")
+        read_plugin(tmp_path / "missing.py")

@@ -80,12 +80,6 @@ def bundled(draft: Draft, lockfile: str) -> Bundle:
     return bundle
 
 
-def build(file: str | Path, *, version: str = "", name: str = "") -> Bundle:
-    """All three in one: read, lock, bundle."""
-    draft = read_plugin(file, version=version, name=name)
-    return bundled(draft, locked(draft).text)
-
-
 def read_samples(plugin: Path, pattern: str) -> tuple[Sample, ...]:
     """The files that a plugin is to be tried on.
 
