@@ -137,8 +137,8 @@ def plan(
 ) -> Plan:
     """What would be run now.
 
-    A plugin that subscribes to tags gets the files below the folder that carry one of them; a
-    plugin without subscriptions gets every file.
+    The files are those below the folder that are routed to the plugin; a plugin that nothing is
+    routed to, by any rule, gets every file.
 
     Raises:
         NotFoundError: no such active plugin version.
@@ -253,10 +253,7 @@ def _chosen(
                 f"{missing[0][:300]} is no known file", hint="'casparian scan' looks for new ones."
             )
         return [by_path[path] for path in paths]
-    row = connection.execute(
-        "SELECT subscription_tags FROM cf_plugin_config WHERE plugin_name = $1", [plugin]
-    ).fetchone()
-    if row is None or not parse_tags(row[0]):
+    if not _is_routed(connection, plugin):
         return found
     rules, manual = load_rule_set(connection), manual_tags(connection)
     return [
@@ -267,6 +264,19 @@ def _chosen(
             for match in rules.takers(merged_tags(rules.tags(row[4]), manual.get(row[3])))
         )
     ]
+
+
+def _is_routed(connection: Connection, plugin: str) -> bool:
+    """Whether any rule or person gives a tag that the plugin subscribes to."""
+    row = connection.execute(
+        "SELECT subscription_tags FROM cf_plugin_config WHERE plugin_name = $1", [plugin]
+    ).fetchone()
+    given = connection.execute(
+        "SELECT count(*) FROM (SELECT tag FROM cf_routing_rule UNION SELECT tag FROM cf_file_tag) "
+        "WHERE tag IN (SELECT unnest($1::VARCHAR[]))",
+        [sorted(parse_tags(row[0])) if row else []],
+    ).fetchone()
+    return bool(given and given[0])
 
 
 # -- asking, approving --------------------------------------------------------------------------
@@ -883,6 +893,11 @@ def _set_preview(unit: Unit, api_job_id: int, spec: JobSpec) -> None:
             )
     text = encode_payload(list(topics.values()))
     unit.change(f"UPDATE {JOBS} SET preview_json = $1 WHERE job_id = $2", [text, api_job_id])
+
+
+def decode_preview(text: str | None) -> list[TopicReport]:
+    """What a preview's `preview_json` shows; nothing before it is over."""
+    return msgspec.json.decode(text, type=list[TopicReport]) if text else []
 
 
 def _add(unit: Unit, api_job_id: int, event: EventPayload) -> None:
