@@ -290,7 +290,17 @@ class ApiStorage:
         return self._read(lambda connection: api_jobs.next_event_id(connection, job_id))
 
     def insert_event(self, job_id: int, event: EventPayload) -> int:
-        return self.insert_events(job_id, [event])[0]
+        return self.insert_later(job_id, event).result()
+
+    def insert_later(self, job_id: int, event: EventPayload) -> "Future[int]":
+        """`insert_event` without a thread that waits for the commit.
+
+        Raises:
+            UsageError: an argument does not fit.
+        """
+        checked_id(job_id)
+        sound = checked_event(event)
+        return self._commits.submit(lambda unit: api_jobs.insert_events(unit, job_id, [sound])[0])
 
     def insert_events(self, job_id: int, events: Sequence[EventPayload]) -> list[int]:
         checked_id(job_id)

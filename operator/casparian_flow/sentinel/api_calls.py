@@ -21,6 +21,8 @@ QUIET: Final = frozenset(
 )  # fmt: skip
 """Calls that change nothing, or come in great numbers; not logged."""
 REQUESTS: Final = frozenset({"create_approval", "request_run"})
+LATER: Final = {"wait_events": "events_later", "insert_event": "insert_later"}
+"""Calls that would hold one of few threads for long or very often, and how they do without."""
 DECISIONS: Final = frozenset({"approve", "reject"})
 
 
@@ -39,8 +41,8 @@ def carry_out(
         arguments = arguments | {"decided_by": _decider(caller)}
     elif method in REQUESTS and arguments.get("requester") is None:
         arguments = arguments | {"requester": caller.user}
-    elif method == "wait_events":
-        return storage.events_later(**arguments)
+    elif method in LATER:
+        return getattr(storage, LATER[method])(**arguments)
     return getattr(storage, method)(**arguments)
 
 
