@@ -25,6 +25,7 @@ def run(source: str, folder: str) -> str:
     with tempfile.TemporaryFile() as told:
         child = os.fork()
         if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(told.fileno(), 1)
             os.dup2(told.fileno(), 2)
             _be_plugin(path, folder)

@@ -19,6 +19,7 @@ class Hostile:
         before: the module's text before the class.
         fresh: it needs a process of its own, or would spoil the warm one.
         control: whether it may run without a sandbox, to prove that the effect can be seen.
+        privileged: that takes root, even without a sandbox.
         held_by: measures of which one must be in force for the effect to be kept away.
     """
 
@@ -29,6 +30,7 @@ class Hostile:
     before: str = ""
     fresh: bool = False
     control: bool = True
+    privileged: bool = False
     held_by: tuple[str, ...] = ("seccomp",)
 
     def source(self, places: dict[str, object]) -> str:

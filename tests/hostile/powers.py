@@ -58,20 +58,21 @@ SIGNALS = [
 
 POWERS = [
     _gains("becomes root", "os.setuid(0)\nif capabilities(): return escaped()",
-           held_by=("user", "capabilities")),
-    _gains("takes every group", "os.setgroups([0, 4, 6])", held_by=("user", "capabilities")),
+           held_by=("user", "capabilities"), privileged=True),
+    _gains("takes every group", "os.setgroups([0, 4, 6])",
+           held_by=("user", "capabilities"), privileged=True),
     _gains("takes capabilities back",
            """
            header = (ctypes.c_uint32 * 2)(0x20080522, 0)
            for bit in (0, 1, 6, 7, 12, 21):
                call("capset", header, (ctypes.c_uint32 * 6)(1 << bit, 1 << bit))
                if capabilities(): return escaped()
-           """, held_by=("user", "capabilities")),
+           """, held_by=("user", "capabilities"), privileged=True),
     _gains("gains rights by a setuid program",
            """
            status = subprocess.getoutput("su -s /bin/sh -c 'grep CapEff /proc/self/status'")
            if int("0" + status.split()[-1], 16): return escaped()
-           """, "import subprocess", held_by=("no_new_privs",)),
+           """, "import subprocess", held_by=("no_new_privs",), privileged=True),
     _gains("traces the worker",
            """
            if libc.ptrace(0x4206, W["worker"], None, None) == 0:
@@ -93,14 +94,15 @@ POWERS = [
            if libc.mount(b"none", W["mount"].encode(), b"tmpfs", 0, None): return None
            libc.umount2(W["mount"].encode(), 2)
            return escaped()
-           """, held_by=("seccomp", "capabilities")),
+           """, held_by=("seccomp", "capabilities"), privileged=True),
     _gains("changes its root",
            "child = os.fork()\n"
            "if child == 0:\n"
            "    try: os.chroot(W['folder'])\n"
            "    except OSError: os._exit(1)\n"
            "    os._exit(0)\n"
-           "if os.waitpid(child, 0)[1] == 0: return escaped()", held_by=("seccomp",)),
+           "if os.waitpid(child, 0)[1] == 0: return escaped()",
+           held_by=("seccomp",), privileged=True),
     _gains("makes a user namespace by unshare",
            "child = os.fork()\n"
            "if child == 0: os._exit(1 if libc.unshare(0x10000000) else 0)\n"
@@ -127,7 +129,7 @@ POWERS = [
            "    except OSError: os._exit(1)\n"
            "    os._exit(1 if libc.setns(place, 0) else 0)\n"
            "if os.waitpid(child, 0)[1] == 0: return escaped()",
-           held_by=("seccomp", "landlock", "capabilities")),
+           held_by=("seccomp", "landlock", "capabilities"), privileged=True),
     _gains("loads a program into the kernel",
            "call('bpf', 5, (ctypes.c_char * 120)(), 120)", control=False),
     _gains("watches the kernel's events",
@@ -138,7 +140,7 @@ POWERS = [
            "call('add_key', b'user', b'casparian-test', b'x', 1, -2)", control=False),
     _gains("reads the kernel's log",
            "if libc.klogctl(3, ctypes.create_string_buffer(4096), 4096) >= 0: return escaped()",
-           held_by=("seccomp",)),
+           held_by=("seccomp",), privileged=True),
     _gains("sets the clock",
            "time.clock_settime(time.CLOCK_REALTIME, time.time() + 3600)", "import time",
            control=False, held_by=("seccomp", "capabilities")),
@@ -189,11 +191,11 @@ POWERS = [
            call("sched_setscheduler", 0, 1, (ctypes.c_int * 1)(1))
            call("sched_setscheduler", 0, 0, (ctypes.c_int * 1)(0))
            return escaped()
-           """, held_by=("limits", "capabilities")),
-    _gains("goes before others", "os.nice(-5)", held_by=("capabilities",)),
+           """, held_by=("limits", "capabilities"), privileged=True),
+    _gains("goes before others", "os.nice(-5)", held_by=("capabilities",), privileged=True),
     _gains("types into a terminal",
            "one, other = os.openpty()\nimport fcntl\nfcntl.ioctl(other, 0x5412, b'x')",
-           held_by=("seccomp", "landlock")),
+           held_by=("seccomp", "landlock"), privileged=True),
     _gains("reads a disk below its files", "open(disk(), 'rb').read(1)",
            """
            import stat
@@ -205,7 +207,7 @@ POWERS = [
                        if os.path.exists(f"/dev/{kind}{letter}")]
            """, held_by=("landlock",), control=False),
     _gains("reads the machine's passwords", "open('/etc/shadow').read()",
-           held_by=("landlock",)),
+           held_by=("landlock",), privileged=True),
     _gains("reads the machine's users", "open('/etc/passwd').read()", held_by=("landlock",)),
     _gains(
         "opens the permissions of what it may only read",

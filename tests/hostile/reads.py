@@ -291,6 +291,7 @@ def read():
             pass
 """,
         held_by=("seccomp", "landlock"),
+        privileged=True,
     ),
     _reads(
         "reads what it inherited",

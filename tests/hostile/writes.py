@@ -92,6 +92,7 @@ CORPUS = [
         "os.mknod(W['folder'] + '/new', 0o20666, 0x103)",
         "import os",
         held_by=("seccomp", "landlock", "capabilities"),
+        privileged=True,
     ),
     _writes(
         "makes a socket",
@@ -113,6 +114,7 @@ CORPUS = [
         "os.chown(W['secret'], 60599, 60599)",
         "import os",
         held_by=("seccomp", "user"),
+        privileged=True,
     ),
     _writes("touches a file", "G101", "os.utime(W['secret'])", "import os", held_by=("seccomp",)),
     _writes(

@@ -77,7 +77,7 @@ def _clear(folder: int, top: int) -> list[str]:
                     os.unlink(entry.name, dir_fd=folder)
                 elif folder == top:
                     folders.append(entry.name)
-                else:
+                elif not _removed(entry.name, folder):
                     folders.append(_moved_up(entry.name, folder, top))
     return folders
 
@@ -92,9 +92,10 @@ def _moved_up(name: str, folder: int, top: int) -> str:
     return new
 
 
-def _removed(name: str, top: int) -> bool:
+def _removed(name: str, parent: int) -> bool:
+    """Remove a folder; False if something is in it."""
     try:
-        os.rmdir(name, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
     except OSError as error:
         return error.errno not in {errno.ENOTEMPTY, errno.EEXIST}
     return True
