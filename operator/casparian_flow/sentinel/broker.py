@@ -54,6 +54,8 @@ from casparian_flow.sentinel.ready_queue import ReadyQueue
 
 MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
+REFUSED = "not trusted: "
+"""Begins the reason of a pause that ends by itself when the version is trusted again."""
 REPORT_CHARS_MAX = 262_144
 """Of a conclusion's report."""
 OBSERVATIONS_MAX = 10_000
