@@ -277,5 +277,28 @@ def test_a_worker_tries_each_version_before_it_gets_its_jobs(tmp_path: Path) -> 
             assert versions == [1, 4, 1]
 
 
+def test_queued_jobs_move_to_a_new_version_and_running_ones_finish_on_theirs(
+    tmp_path: Path,
+) -> None:
+    with Site(tmp_path) as site, worker_process(site.sentinel.bind_address, tmp_path):
+        site.publish("1.0", "import time; time.sleep(2)")
+        site.wait(v1_0="ACTIVE")
+        for number in range(5):
+            (site.inbox / f"{number}.csv").write_text(str(number))
+        scan(site.root, site.control)
+        wait_until(lambda: site.control.list_jobs(status="RUNNING"), 30.0)
+        site.publish("2.0", "pass")
+        site.wait(v1_0="SUPERSEDED", v2_0="ACTIVE")
+        site.wait_for_jobs(5)
+        ran_with = [
+            site.control.show_job(job["id"])["plugin_manifest_id"]
+            for job in sorted(site.control.list_jobs(), key=lambda job: job["id"])
+        ]
+        # How many were sent ahead to the worker is its speed's matter.
+        assert ran_with[0] == 1
+        assert ran_with[-1] == 2
+        assert ran_with == sorted(ran_with)
+
+
 def sample(text: str) -> Sample:
     return Sample("a.csv", text.encode())

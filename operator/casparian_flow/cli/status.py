@@ -15,6 +15,7 @@ from casparian_flow.cli.output import (
     to_json,
 )
 from casparian_flow.domain.jobs import JobStatus
+from casparian_flow.domain.wiring import PluginStatus
 from casparian_flow.sentinel.api import Row
 
 
@@ -92,14 +93,15 @@ def _sources(rows: list[Row]) -> str:
 
 
 def _plugins(rows: list[Row]) -> str:
-    return (
-        ", ".join(
-            f"{row.get('plugin_name')} {row.get('version', '')}".rstrip()
-            + (" (paused)" if row.get("paused") else "")
-            for row in rows
-        )
-        or "none"
-    )
+    """The versions that get jobs, and those that are to be tried."""
+    told = []
+    for row in rows:
+        notes = ["staging"] if row.get("status") == PluginStatus.STAGING else []
+        notes += ["paused"] if row.get("paused") else []
+        if row.get("status") in (PluginStatus.ACTIVE, PluginStatus.STAGING):
+            name = f"{row.get('plugin_name')} {row.get('version', '')}".rstrip()
+            told.append(f"{name} ({', '.join(notes)})" if notes else name)
+    return ", ".join(told) or "none"
 
 
 def _workers(rows: list[Row]) -> str:
