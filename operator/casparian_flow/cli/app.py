@@ -10,11 +10,14 @@ from pathlib import Path
 import click
 
 from casparian_flow.cli import (
+    approvals,
+    events,
     files,
     init,
     jobs,
     keys,
     ledger,
+    mcp,
     plugins,
     publish,
     services,
@@ -104,10 +107,15 @@ for command in (
     status.status,
     ledger.sql,
     ledger.ledger,
+    events.events,
+    mcp.mcp,
+    approvals.approvals,
     show.config,
     show.version,
 ):
     cli.add_command(command)
+for command in (approvals.list_requests, approvals.approve):
+    mcp.mcp.add_command(command)
 
 
 def run(argv: Sequence[str] | None = None, app: App | None = None) -> int:
