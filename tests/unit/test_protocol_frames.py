@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from casparian_flow.domain.errors import ProtocolError
 from casparian_flow.domain.outputs import OutputEntry, OutputKind, SinkMode, SinkSpec
-from casparian_flow.domain.records import Limits
+from casparian_flow.domain.records import Limits, Sample
 from casparian_flow.protocol import frames, limits
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import MESSAGE_OF, OP_OF, decode, decode_all, encode
@@ -36,12 +36,14 @@ ENTRY = OutputEntry(
     bytes=900,
     sha256="c" * 64,
 )
+PLUGIN = m.Plugin(
+    "s1", "sales", "1.0", "a", "code", "", "", (SinkSpec("*", "csv://x"),), "{}", "", Limits(),
+    '{"name":"sales"}', '{"payload":""}', 1_760_000_000_000_000,
+)  # fmt: skip
 EXAMPLES: list[m.Message] = [
     m.Identify("w1", "n1", held=[TOKEN], slots=2, credit=64, batch=True, sandbox={"seccomp": "on"}),
     m.Welcome("7f3ac91e", 4, 10.0, 30.0, batch=True),
-    m.Plugin(
-        "s1", "sales", "1.0", "a", "code", "", "", (SinkSpec("*", "csv://x"),), "{}", "", Limits()
-    ),
+    PLUGIN,
     m.Dispatch(TOKEN, 2, "s1", "sales", "/in/é.csv", 7, 8, "d" * 64, (1, 2, 3, 4, 5), (1, 2, 0)),
     m.DispatchAck(TOKEN),
     m.Abort(TOKEN, "cancelled"),
@@ -58,6 +60,8 @@ EXAMPLES: list[m.Message] = [
     m.Ack(success=True, message="ok", plugin_id=3, details={"topics": ["x"]}),
     m.Stages([TOKEN]),
     m.Discard([TOKEN]),
+    m.Trial("t-1", PLUGIN, (Sample("a.csv", b"x\xff"),)),
+    m.TrialResult("t-1", "passed", rows={"sales": 3}, log="x"),
 ]
 
 
@@ -101,6 +105,8 @@ def test_op_numbers_never_change() -> None:
         "PLUGIN": 19,
         "STAGES": 20,
         "DISCARD": 21,
+        "TRIAL": 22,
+        "TRIAL_RESULT": 23,
     }
 
 

@@ -19,7 +19,7 @@ def refusal(trust: TrustSource, spec: PluginSpec) -> str:
         trust().require(bundle_of(spec), deployed_at_us=spec.deployed_at_us)
     except CasparianError as error:
         log.error("plugin %s %s does not run: %s", spec.plugin, spec.plugin_version, error)
-        return error.with_hint()
+        return str(error)
     return ""
 
 
