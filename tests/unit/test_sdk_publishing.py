@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,33 @@ def test_the_sdk_imports_nothing_else_of_ours_and_no_pandas() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = eval(out.stdout)
     assert all(name.startswith("casparian_flow.sdk") for name in loaded), loaded
+
+
+class Opener(BasePlugin):
+    """Publishes what it reads from the open input."""
+
+    def execute(self, file_path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        with self.open_input() as file:
+            yield "raw", [{"size": len(file.read())}]
+        with self.open_input("r", encoding="latin-1", newline="") as text:
+            yield "text", [{"line": line} for line in text]
+
+
+def test_a_plugin_opens_what_it_was_handed_as_bytes_and_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\r\nb".encode("latin-1"))
+    tables = Opener().run(str(path))
+    assert tables["raw"].to_pylist() == [{"size": 4}]
+    assert tables["text"].to_pylist() == [{"line": "é\r\n"}, {"line": "b"}]
+
+
+def test_there_is_no_input_outside_of_a_file_and_none_to_write_to(tmp_path: Path) -> None:
+    plugin = Opener()
+    with pytest.raises(ValueError, match="no file is being processed"):
+        plugin.open_input()
+    (tmp_path / "a.txt").write_text("")
+    plugin.run(str(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match="no file is being processed"):
+        plugin.open_input()
+    with pytest.raises(ValueError, match="'rb' or 'r'"):
+        plugin.open_input("w")  # type: ignore[call-overload]

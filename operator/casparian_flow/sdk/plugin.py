@@ -12,6 +12,9 @@ from casparian_flow.sdk.metadata import FileEvent, PluginContext, PluginMetadata
 
 _TOPIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
+_inputs: dict[int, str] = {}
+"""By plugin (its id), the file it processes now. No attribute of the plugin's, which could change
+what `open_input` opens."""
 Publisher = Callable[[str, pa.RecordBatch], None]
 
 
@@ -24,8 +27,6 @@ class BasePlugin:
 
     _publisher: Publisher | None = None
     _published: dict[str, pa.Table] | None = None
-    _input: str | None = None
-
     def configure(self, ctx: PluginContext, config: Mapping[str, Any]) -> None:
         """Called once, before the first file, with the plugin's parameters."""
 
@@ -69,11 +70,12 @@ class BasePlugin:
         """
         if mode not in {"rb", "r"}:
             raise ValueError(f"an input is opened in mode 'rb' or 'r', not {mode!r}")
-        if self._input is None:
+        path = _inputs.get(id(self))
+        if path is None:
             raise ValueError("no file is being processed: call open_input in execute or consume")
         if mode == "rb":
-            return open(self._input, "rb")
-        return open(self._input, encoding=encoding, errors=errors, newline=newline)
+            return open(path, "rb")
+        return open(path, encoding=encoding, errors=errors, newline=newline)
 
     def publish(self, topic: str, data: Any) -> None:
         """Send rows to a topic. May be called any number of times; order is kept.
@@ -153,13 +155,13 @@ def deliver(plugin: BasePlugin, event: FileEvent, topic: str) -> None:
     Raises:
         TypeError: rows were returned and there is no topic for them, or they are no rows.
     """
-    plugin._input = event.path  # noqa: SLF001 - what `open_input` opens
+    _inputs[id(plugin)] = event.path
     try:
         # Also while what it yields is read: a generator opens its input only then.
         for name, data in _addressed(plugin.consume(event)):
             plugin.publish(_required_topic(name or topic), data)
     finally:
-        plugin._input = None  # noqa: SLF001
+        del _inputs[id(plugin)]
 
 
 def _addressed(result: Any) -> Iterator[tuple[str, Any]]:

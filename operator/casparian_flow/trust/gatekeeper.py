@@ -460,7 +460,7 @@ class _Inspector:
 
 
 _READING = (
-    "let a library read the input, such as pandas.read_csv(path) or pyarrow.input_stream(path); "
+    "use self.open_input(), or let a library read the path, such as pandas.read_csv(path); "
     f"the profile {Profile.STANDARD} lets plugins open files"
 )
 _READING_ONLY = "allowed as open(path) for reading only, called so, with the mode written out"
