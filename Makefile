@@ -58,7 +58,7 @@ unit: setup
 # Run the ledger's tests on the next major version of DuckDB.
 next-duckdb: setup
 	@printf '\n== the ledger on %s\n' '$(NEXT_DUCKDB)'
-	@$(UV) run --frozen --isolated --quiet --with '$(NEXT_DUCKDB)' pytest -q -p no:cacheprovider $$(ls tests/unit/test_db_*.py tests/integration/test_ledger_*.py tests/contract/test_ledger_*.py)
+	@$(UV) run --frozen --isolated --quiet --with '$(NEXT_DUCKDB)' pytest -q -p no:cacheprovider $$(ls tests/unit/test_db_*.py tests/integration/test_ledger_*.py tests/contract/test_ledger_*.py tests/integration/test_api_storage_history.py)
 
 # Run the long forms: simulation (SEEDS=50000), faults, poison, power loss, fuzzing, load (MINUTES=10).
 soak: SEEDS ?= 50000

@@ -327,7 +327,7 @@ def test_api_storage_keeps_its_guarantees_for_callers_at_once() -> None:
 
         def call(n: int) -> None:
             rng = rngs[n]
-            for step in range(40):
+            for step in range(25):
                 job_id = rng.choice(jobs)
                 try:
                     told[job_id].append(storage.insert_event(job_id, EventType.Phase(str(step))))
@@ -337,7 +337,7 @@ def test_api_storage_keeps_its_guarantees_for_callers_at_once() -> None:
                 decide = storage.approve if rng.random() < 0.7 else storage.reject
                 decided[approval_id].append(decide(approval_id, f"caller {n}"))
                 started[approval_id].add(storage.start_approved(approval_id))
-                if step == 30:
+                if step == 20:
                     cancelled.append(storage.cancel_job(jobs[0]))
 
         callers = [threading.Thread(target=call, args=(n,)) for n in range(8)]
