@@ -10,15 +10,17 @@ from casparian_flow.protocol.http_types import (
     ViolationType,
     encode_payload,
 )
+from casparian_flow.protocol.limits import REPORT_CHARS_MAX
 
-REPORT_CHARS_MAX: Final = 200_000
-"""Below what the Sentinel keeps; a longer one loses its samples, then its violations' samples."""
 TOPICS_MAX: Final = 100
 VIOLATIONS_MAX: Final = 100
 
 
 def encode_report(topics: Iterable[TopicReport]) -> str:
-    """JSON text within its bound; "" if there is nothing to tell."""
+    """JSON text within its bound; "" if there is nothing to tell.
+
+    A report beyond it loses its sample rows, then the samples of its violations.
+    """
     told = [t for t in topics if t.violations or t.sample][:TOPICS_MAX]
     for shorten in (_whole, _without_sample, _without_values):
         text = encode_payload(RowsReport(topics=[shorten(t) for t in told])) if told else ""

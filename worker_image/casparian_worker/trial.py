@@ -11,8 +11,6 @@ from functools import partial
 from threading import Lock
 from typing import Protocol
 
-import pyarrow as pa
-
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError, OutputRefusedError
 from casparian_flow.domain.failures import RULES, Reason
@@ -28,7 +26,8 @@ from casparian_worker.lineage import Lineage, rfc3339
 from casparian_worker.mailbox import Mailbox
 from casparian_worker.plugin_events import Batch, Failed, Finished, LaunchError, RunRequest
 from casparian_worker.pool import Pool
-from casparian_worker.sinks.base import JobRun, StageContext, topic_name
+from casparian_worker.rehearsal import RehearsedOutputs
+from casparian_worker.sinks.base import JobRun
 from casparian_worker.slot import Host, Source
 from casparian_worker.source import SourceError
 from casparian_worker.worker_events import TrialNews
@@ -176,52 +175,11 @@ class TrialRoom:
         )
         now = rfc3339(self._clock.now().wall_us)
         lineage = Lineage("", "trial", now, plugin.plugin_version)
-        return JobOutputs(run, lineage, plugin.sinks, _NowhereSink)
+        return RehearsedOutputs(run, lineage, plugin.sinks, 0)
 
     def _report(self, trial: m.Trial, progress: str) -> None:
         running = m.TrialResult(trial.trial_id, TrialOutcome.RUNNING, message=progress)
         self._mailbox.post(TrialNews(running))
-
-
-class _NowhereSink:
-    """Takes rows like a sink, counts them and keeps none."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-
-    def open_stage(self, ctx: StageContext) -> "_NowhereWriter":
-        return _NowhereWriter(ctx, self._uri)
-
-
-class _NowhereWriter:
-    def __init__(self, ctx: StageContext, uri: str) -> None:
-        self._ctx = ctx
-        self._uri = uri
-        self._rows = 0
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._rows += batch.num_rows
-
-    def finish(self) -> OutputEntry:
-        ctx = self._ctx
-        return OutputEntry(
-            n=ctx.n,
-            topic=topic_name(ctx),
-            kind=ctx.kind,
-            uri=self._uri,
-            mode=ctx.mode,
-            root_id="",
-            output_key="",
-            slice_key="",
-            order_no=ctx.run.order_no,
-            stage="",
-            final="",
-            rows=self._rows,
-            bytes=0,
-        )
-
-    def abort(self) -> None:
-        """Nothing was kept."""
 
 
 def _rows(entries: tuple[OutputEntry, ...]) -> dict[str, int]:

@@ -22,6 +22,8 @@ MESSAGE_CHARS_MAX = 16_384
 """Error messages; cut at the end."""
 LOG_CHARS_MAX = 262_144
 """Logs; cut at the beginning, as the end tells most."""
+REPORT_CHARS_MAX = 65_536
+"""Of a run's rows; left out if it is longer."""
 CAPABILITIES_MAX = 1_024
 HELD_MAX = 65_536
 SLOTS_MAX = 1_024
@@ -106,6 +108,8 @@ def _conclude(message: m.Conclude) -> None:
         message.error_message = message.error_message[:MESSAGE_CHARS_MAX]
     if len(message.log) > LOG_CHARS_MAX:
         message.log = message.log[-LOG_CHARS_MAX:]
+    if len(message.report) > REPORT_CHARS_MAX:
+        message.report = ""  # a part of it could not be read
 
 
 def _entries(entries: Iterable[OutputEntry]) -> None:

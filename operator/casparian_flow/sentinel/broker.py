@@ -56,8 +56,6 @@ MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
 REFUSED = "not trusted: "
 """Begins the reason of a pause that ends by itself when the version is trusted again."""
-REPORT_CHARS_MAX = 262_144
-"""Of a conclusion's report."""
 OBSERVATIONS_MAX = 10_000
 PLUGIN_FAULTS = frozenset(
     {
@@ -1004,9 +1002,8 @@ class Broker:
 
 
 def _report(message: m.Conclude) -> dict[str, str]:
-    """A conclusion's report as the journal keeps it; one beyond its bound is left out."""
-    fits = 0 < len(message.report) <= REPORT_CHARS_MAX
-    return {"report": message.report} if fits else {}
+    """A conclusion's report as the journal keeps it."""
+    return {"report": message.report} if message.report else {}
 
 
 def _holder(job: Job) -> Identity | None:
