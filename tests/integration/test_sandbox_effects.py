@@ -137,17 +137,25 @@ def test_the_environment_holds_nothing_of_the_workers(
 
 def test_ordinary_work_goes_on_inside(bench: Bench) -> None:
     body = """
-    import concurrent.futures, csv, io, json, os, sqlite3, tempfile, threading, zoneinfo
+    import concurrent.futures, csv, io, json, os, shutil, sqlite3, tarfile, tempfile, zoneinfo
+    import duckdb
     import numpy as np, pandas as pd, polars as pl, pyarrow as pa
     import pyarrow.compute as pc, pyarrow.csv as pcsv, pyarrow.parquet as pq, openpyxl
 
     assert len(pd.read_csv(file_path)) == 3
+    assert duckdb.sql("SELECT count(*) FROM range(3)").fetchall() == [(3,)]
     assert pcsv.read_csv(file_path).num_rows == 3
     assert pl.read_csv(file_path).height == 3
     with pa.memory_map(file_path) as mapped:
         assert mapped.read().startswith(b"a,b")
     book = openpyxl.Workbook(); book.active.append([1, "x"]); book.save("t.xlsx")
     assert len(pd.read_excel("t.xlsx", header=None)) == 1
+    shutil.copy2(file_path, "copy.csv"); shutil.copytree(os.path.dirname(file_path), "copies")
+    with tarfile.open("all.tar", "w") as tar:
+        tar.add("copy.csv")
+    with tarfile.open("all.tar") as tar:
+        tar.extractall("unpacked", filter="data")
+    assert len(pd.read_csv("unpacked/copy.csv")) == 3
     db = sqlite3.connect(":memory:"); db.execute("create table t(a)")
     on_disk = sqlite3.connect("scratch.db"); on_disk.execute("create table t(a)"); on_disk.close()
     assert np.linalg.inv(np.random.rand(300, 300)).shape == (300, 300)

@@ -61,6 +61,15 @@ _SYSTEM_READS = (
     "/sys/devices/system/cpu",
     "/sys/kernel/mm/transparent_hugepage",
 )
+_CGROUPS = "/sys/fs/cgroup"
+_CGROUP_LIMITS = (
+    "memory.max",
+    "memory.high",
+    "memory.limit_in_bytes",
+    "cpu.max",
+    "cpu.cfs_quota_us",
+    "cpu.cfs_period_us",
+)
 _OPEN_FILES_MAX = 1024
 _DATA_SLACK_BYTES = 2 << 30
 
@@ -195,7 +204,8 @@ def _set_limit(which: int, value: int) -> None:
 def _restrict_files(rules: Confinement, report: Report) -> None:
     """Landlock, with the two measures that newer kernels add to it."""
     wanted = [landlock.Rule(path, landlock.CODE) for path in (*_SYSTEM_CODE, *rules.code)]
-    wanted += [landlock.Rule(path, landlock.READ) for path in (*_SYSTEM_READS, *rules.reads)]
+    reads = (*_SYSTEM_READS, *_own_limits(), *rules.reads)
+    wanted += [landlock.Rule(path, landlock.READ) for path in reads]
     wanted += [landlock.Rule(path, landlock.SCRATCH) for path in rules.writes]
     wanted.append(landlock.Rule("/dev/null", landlock.DEVICE))
     try:
@@ -208,6 +218,23 @@ def _restrict_files(rules: Confinement, report: Report) -> None:
     old = f"not applied: Landlock ABI {version} is too old"
     report["landlock_network"] = APPLIED if version >= 4 else old
     report["landlock_scope"] = APPLIED if version >= 6 else old
+
+
+def _own_limits() -> list[str]:
+    """Where a library (DuckDB, for one) finds out how much memory and processor it has.
+
+    These files alone, as the folders tell of everybody else.
+    """
+    folders: list[str] = []
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                _, controllers, path = line.rstrip("\n").split(":", 2)
+                hierarchy = os.path.join(_CGROUPS, controllers)
+                folders += [hierarchy, os.path.normpath(hierarchy + path)]
+    except (OSError, ValueError):
+        return []
+    return [os.path.join(folder, name) for folder in folders for name in _CGROUP_LIMITS]
 
 
 def _become(rules: Confinement, report: Report) -> None:
