@@ -91,10 +91,10 @@ def test_an_unanswered_trial_is_repeated_and_progress_is_shown() -> None:
 
 
 def test_a_lost_worker_is_replaced_and_too_many_lost_ones_reject_the_version() -> None:
-    world = World(worker("w0"))
+    world = World(worker("w0", nonce="n0"))
     (send,) = world.step(Staged([version(1)]))
     for number in (1, 2):
-        world.workers = {w.identity: w for w in (worker(f"w{number}"),)}
+        world.workers = {w.identity: w for w in (worker(f"w{number}", nonce=f"n{number}"),)}
         (send,) = world.step(after=1)
         assert isinstance(send, Send)
         assert send.identity == f"w{number}".encode()
@@ -123,10 +123,23 @@ def test_through_no_fault_of_the_version_it_is_tried_again_after_growing_pauses(
 
 
 def test_versions_of_one_plugin_are_tried_in_order_and_a_worker_tries_one_at_a_time() -> None:
-    world = World(worker("w1"), worker("w2"))
+    world = World(worker("w1", nonce="n1"), worker("w2", nonce="n2"))
     sends = world.step(Staged([version(2), version(1), version(3, "other"), version(4, "third")]))
     tried = tries(sends)
     assert tried == ["t-1-1", "t-3-1"]
+
+
+def test_a_worker_that_connects_anew_keeps_its_trial_and_strangers_are_not_believed() -> None:
+    world = World(worker("w1", nonce="n1"))
+    (send,) = world.step(Staged([version(1)]))
+    world.workers = {w.identity: w for w in (worker("w2", nonce="n1"), worker("x", nonce="n2"))}
+    assert world.step() == []
+    assert isinstance(send, Send)
+    assert isinstance(send.message, m.Trial)
+    passed = m.TrialResult(send.message.trial_id, "passed")
+    assert world.step(Told(Identity(b"x"), passed), Told(Identity(b"nobody"), passed)) == []
+    (verdict,) = world.step(Told(Identity(b"w2"), passed))
+    assert isinstance(verdict, Conclude)
 
 
 def test_what_comes_late_or_from_another_try_changes_nothing() -> None:
@@ -152,11 +165,13 @@ def test_whatever_happens_every_version_ends_once_workers_stay(seed: int) -> Non
     for turn in range(3_000):
         if turn < 300 and rng.random() < 0.3:
             name = f"w{rng.randrange(3)}"
-            world.workers[Identity(name.encode())] = worker(name, nonce=str(rng.randrange(3)))
+            world.workers[Identity(name.encode())] = worker(
+                name, nonce=f"{name}-{rng.randrange(3)}"
+            )
         elif turn < 300 and world.workers and rng.random() < 0.2:
             del world.workers[rng.choice(list(world.workers))]
         elif turn == 300:
-            world.workers[Identity(b"w9")] = worker("w9")
+            world.workers[Identity(b"w9")] = worker("w9", nonce="n9")
         for out in world.step(*events, after=rng.random() * 4):
             if isinstance(out, Send):
                 under_way.append(out)

@@ -116,7 +116,7 @@ class Trials:
             if isinstance(event, Staged):
                 self._staged(event)
             else:
-                self._told(event, now.mono)
+                self._told(event, workers, now.mono)
         for trial in self._trials.values():
             self._follow(trial, workers, now.mono)
         self._assign(workers, now.mono)
@@ -153,12 +153,14 @@ class Trials:
                 trial.version = version
             self._trials[version.spec.manifest_id] = trial
 
-    def _told(self, event: Told, mono: float) -> None:
-        result = event.result
+    def _told(self, event: Told, workers: Mapping[Identity, Worker], mono: float) -> None:
+        result, teller = event.result, workers.get(event.identity)
         trial = next((t for t in self._trials.values() if t.trial_id == result.trial_id), None)
         outcome = _OUTCOMES.get(result.outcome)
         if trial is None or trial.trial_id == "" or outcome is None or trial.verdict is not None:
             return
+        if teller is None or teller.nonce != trial.nonce:
+            return  # not the process that was asked
         trial.heard = mono
         trial.note = result.message[:NOTE_CHARS_MAX]
         if outcome is TrialOutcome.PASSED:
@@ -183,8 +185,10 @@ class Trials:
             return
         if not trial.trial_id:
             return
-        worker = workers.get(trial.worker) if trial.worker is not None else None
-        if worker is None or worker.nonce != trial.nonce:
+        worker = next((w for w in workers.values() if w.nonce == trial.nonce), None)
+        if worker is not None:
+            trial.worker = worker.identity  # it may have connected anew
+        if worker is None:
             self._lost(trial, f"worker {trial.worker_id} was lost", mono)
         elif mono - trial.heard >= config.silence_s:
             self._lost(trial, f"worker {trial.worker_id} says nothing of it", mono)
