@@ -8,6 +8,7 @@ import pytest
 from publish_kit import PLUGIN, Desk
 from signing_kit import KEY, signed_bundle
 
+from casparian_flow.config import load_settings
 from casparian_flow.trust import keys as key_files
 from casparian_flow.trust.bundle import pack, unpack
 
@@ -231,6 +232,19 @@ def test_the_configuration_keeps_its_words_when_keys_change(desk: Desk) -> None:
     assert text.startswith("# first\n")
     assert "[worker] # of mine" in text
     assert "# interval_seconds = 10" in text
+
+
+def test_a_trust_section_in_another_style_is_changed_soundly_or_not_at_all(desk: Desk) -> None:
+    public = desk.run("keys", "show", "local", "-o", "json").json["public"]
+    desk.run("keys", "generate", "ann")
+    desk.config.write_text(f'[trust]\n[trust.keys]\nlocal = [ {{ public = "{public}" }} ]\n')
+    desk.run("keys", "trust", "ann", "--signer", "local", code=0)
+    assert len(load_settings(desk.config).trust.keys["local"]) == 2
+    before = f'[trust]\nkeys = {{ local = [ {{ public = "{public}" }} ] }}\n'
+    desk.config.write_text(before)
+    assert "nothing was changed" in desk.run("keys", "trust", "ann", code=2).err
+    assert desk.config.read_text() == before
+    assert list(desk.folder.glob(".global*")) == []
 
 
 def test_a_broken_trust_section_is_told_with_its_key(desk: Desk) -> None:

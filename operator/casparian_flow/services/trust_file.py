@@ -173,7 +173,14 @@ def _replace(config: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(descriptor)
-        rules_of(load_settings(name).trust)
+        try:
+            rules_of(load_settings(name).trust)
+        except ConfigError as error:
+            raise ConfigError(
+                f"section [trust] of {config} cannot be changed as it is written: nothing was "
+                "changed",
+                hint="Write it as docs/publishing.md shows, or add the key by hand.",
+            ) from error
         os.replace(name, target)
         name = ""
     except OSError as error:
