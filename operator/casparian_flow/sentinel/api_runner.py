@@ -29,6 +29,8 @@ BUSY_S: Final = 0.1
 """Between two looks while a job runs."""
 IDLE_S: Final = 2.0
 """Between two looks while none does; news comes at once."""
+REST: Final = 9.0
+"""Rest after a look, in times of what it took, so that long lists leave the ledger to others."""
 BY: Final = "its API job"
 
 
@@ -63,6 +65,7 @@ class ApiRunner:
     def _run(self) -> None:
         busy = True
         while not self._closing:
+            began = self._clock.now().mono
             try:
                 busy = self.turn()
             except SentinelUnreachableError:
@@ -70,7 +73,8 @@ class ApiRunner:
             except CasparianError as error:
                 # The ledger takes no writes; the next round may do.
                 log.warning("API jobs put off: %s", error)
-            self._news.wait(BUSY_S if busy else IDLE_S)
+            took = self._clock.now().mono - began
+            self._news.wait(max(BUSY_S, min(REST * took, IDLE_S)) if busy else IDLE_S)
             self._news.clear()
 
     def turn(self) -> bool:
