@@ -92,6 +92,7 @@ def test_an_unanswered_trial_is_repeated_and_progress_is_shown() -> None:
 
 def test_a_lost_worker_is_replaced_and_too_many_lost_ones_reject_the_version() -> None:
     world = World(worker("w0", nonce="n0"))
+    world.trials.config = TrialsConfig(losses_max=3)
     (send,) = world.step(Staged([version(1)]))
     for number in (1, 2):
         world.workers = {w.identity: w for w in (worker(f"w{number}", nonce=f"n{number}"),)}

@@ -39,7 +39,7 @@ class TrialsConfig:
     """A worker that says nothing of its trial for this long has lost it."""
     deadline_s: float = 1_800.0
     """For making an environment, loading, and all samples."""
-    losses_max: int = 3
+    losses_max: int = 10
     """Workers lost during its trial that reject a version: it may be what kills them."""
     pause_s: float = 5.0
     pause_s_max: float = 300.0
