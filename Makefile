@@ -69,7 +69,7 @@ soak: setup
 	@printf '\n== 1,000 kills and stops; poison among 10,000 files\n'
 	@CASPARIAN_CHAOS_FAULTS=1000 CASPARIAN_POISON_FILES=10000 $(BIN)/pytest -q -s tests/chaos/test_random_kills.py tests/chaos/test_poison_files.py
 	@printf '\n== power loss and fuzzing\n'
-	@CASPARIAN_POWER_CUTS=10000 CASPARIAN_FUZZ_FRAMES=10000000 CASPARIAN_FUZZ_SOURCES=1000000 $(BIN)/pytest -q -s --timeout=86400 $(wildcard tests/power tests/fuzz)
+	@CASPARIAN_POWER_CUTS=10000 CASPARIAN_FUZZ_FRAMES=10000000 CASPARIAN_FUZZ_SOURCES=1000000 CASPARIAN_FUZZ_MCP_CALLS=10000 $(BIN)/pytest -q -s --timeout=86400 $(wildcard tests/power tests/fuzz)
 	@printf '\n== simulation, %s seeds\n' '$(SEEDS)'
 	@CASPARIAN_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -q -s tests/simulation
 

@@ -138,9 +138,11 @@ def _checked(tool: Tool, arguments: dict[str, Any]) -> Any:
     UsageError: the arguments are not what the tool takes.
     """
     try:
-        if len(as_json(arguments).encode(errors="replace")) > ARGUMENT_BYTES_MAX:
+        if len(as_json(arguments).encode()) > ARGUMENT_BYTES_MAX:
             raise UsageError(f"the arguments exceed {ARGUMENT_BYTES_MAX} bytes")
         return msgspec.convert(arguments, type=tool.arguments)
+    except UnicodeEncodeError:
+        raise UsageError(f"{tool.name}: the arguments are not Unicode") from None
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
         raise UsageError(
             f"{tool.name}: {str(error)[:500] or 'nested too deeply'}",
