@@ -273,7 +273,7 @@ class PluginHost:
                 launch = replace(launch, confinement=rules)
             process = GuestProcess(launch, self._clock)
         except LaunchError as error:
-            self._fail_waiting(error.reason, str(error), error.transient)
+            self._fail_waiting(error.reason, error.with_hint(), error.transient)
             return False
         except OSError as error:
             self._fail_waiting(Reason.ENVIRONMENT, f"cannot start the plugin: {error}", None)
