@@ -93,3 +93,15 @@ def test_a_file_added_after_the_request_voids_it(flow: Flow) -> None:
         assert flow.json("approvals", "list", "--all")[0]["reason"] == "not today"
         assert not list(flow.folder.glob("output/**/*.parquet"))
         assert flow.json("jobs") == []
+
+
+def test_a_decision_without_a_sentinel_is_carried_out_by_the_next_one(flow: Flow) -> None:
+    flow.work_off()
+    approval_id = ask(flow)
+    assert "1 for a person to decide" in flow.run("status").stdout
+    approved = flow.run("mcp", "approve", approval_id[:6])
+    assert "it begins when a Sentinel with a worker runs" in approved.stderr
+    assert flow.json("status")["api_jobs"] == {"queued": 1}
+    flow.work_off()
+    assert sorted(flow.table("people")["name"].to_pylist()) == ["ann", "bob", "cid"]
+    assert flow.json("status")["api_jobs"] == {}

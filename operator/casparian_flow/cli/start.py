@@ -402,7 +402,8 @@ class Run:
         if any(row["tries"] < TRIES_AWAITED or not row["note"] for row in view.trials):
             return False
         roots = [int(row["id"]) for row in view.sources if row.get("active", True)]
-        return self.judge.idle(roots, view.counts, view.asked) or self._all_blocked(view)
+        idle = self.judge.idle(roots, view.counts, view.asked) and not view.api_jobs
+        return idle or self._all_blocked(view)
 
     def _all_blocked(self, view: View) -> bool:
         """Whether every job that is left belongs to a plugin that is paused or not active."""
@@ -412,6 +413,8 @@ class Run:
         moving = (JobStatus.DISPATCHING, JobStatus.RUNNING, JobStatus.STAGED)
         if not paused or any(view.counts.get(status.value) for status in moving):
             return False
+        if view.api_jobs.get("queued"):
+            return False  # its jobs are not made yet
         roots = [int(row["id"]) for row in view.sources if row.get("active", True)]
         rest = {k: v for k, v in view.counts.items() if k != JobStatus.QUEUED.value}
         if not self.judge.idle(roots, rest, view.asked):

@@ -65,6 +65,8 @@ def status(app: App) -> None:
             ("plugins", _plugins(found.get("plugins") or [])),
             ("workers", _workers(found.get("workers") or [])),
             ("jobs", jobs_line(found.get("jobs") or {}) or "none yet"),
+            ("API jobs", _api_jobs(found.get("api_jobs") or {})),
+            ("requests", _requests(found.get("requests") or 0)),
         ]
     )
     _sandbox(found.get("workers") or [])
@@ -78,6 +80,14 @@ def jobs_line(counts: dict[str, int]) -> str:
     return ", ".join(
         f"{counts[s.value]} {s.value.lower()}" for s in JobStatus if counts.get(s.value)
     )
+
+
+def _api_jobs(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in counts.items())
+
+
+def _requests(count: int) -> str:
+    return f"{count} for a person to decide: casparian mcp list" if count else ""
 
 
 def _told(part: Any, nothing: str) -> str:

@@ -29,6 +29,7 @@ class View:
     causes: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
     trials: list[Row] = field(default_factory=list)
+    api_jobs: dict[str, int] = field(default_factory=dict)
 
 
 class Watcher:
@@ -72,4 +73,5 @@ class Watcher:
             status.get("causes") or [],
             failed,
             status.get("trials") or [],
+            status.get("api_jobs") or {},
         )

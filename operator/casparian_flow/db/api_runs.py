@@ -397,6 +397,21 @@ def start_approved_runs(ledger: Ledger, clock: Clock) -> int:
     return made
 
 
+def standing(connection: Connection, now_us: int) -> dict[str, Any]:
+    """{api_jobs: {status: n} of jobs that the Sentinel carries out and that are not over,
+    requests: n that wait for a person}."""
+    jobs = connection.execute(
+        f"SELECT status, count(*) FROM {JOBS} WHERE status IN ('queued', 'running') "
+        "AND starts_with(spec_json, $1) GROUP BY status ORDER BY status",
+        [_CARRIED],
+    ).fetchall()
+    waiting = connection.execute(
+        f"SELECT count(*) FROM {APPROVALS} WHERE status = 'pending' AND expires_at > $1",
+        [utc(now_us)],
+    ).fetchone()
+    return {"api_jobs": dict(jobs), "requests": waiting[0] if waiting else 0}
+
+
 # -- beginning ----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import duckdb
@@ -213,6 +214,7 @@ def _output_entry(row: tuple[Any, ...]) -> OutputEntry:
 # -- sinks and plugins --------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def parse_overrides(text: str) -> tuple[SinkSpec, ...]:
     """Sinks of one job: JSON `{topic: sink or [sinks]}`, a sink being a URI or `{uri, mode, …}`.
 

@@ -99,7 +99,11 @@ class ControlApi(Protocol):
         """{pid, ledger_id, epoch, version, started_at, db_location}."""
 
     def status(self) -> Row:
-        """{sentinel, ledger, jobs: {status: count}, workers: [...], plugins, sources, causes}.
+        """{sentinel, ledger, jobs: {status: count}, api_jobs: {status: count}, requests, workers:
+        [...], trials, plugins, sources, causes}.
+
+        `api_jobs` are those that the Sentinel carries out and that are not over, `requests` how
+        many wait for a person.
 
         `causes` is a list of {about, cause, cure}: why nothing happens, if nothing does.
         """

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from casparian_flow import __version__
 from casparian_flow.db import (
+    api_runs,
     inventory,
     queries,
     rejections,
@@ -217,6 +218,7 @@ class ControlPlane:
             with self._reader() as connection:
                 counts = {status.value: n for status, n in load_counts(connection).items()}
                 standing = queries.standing(connection, self._now_us())
+                api = api_runs.standing(connection, self._now_us())
             plugins, sources = self.list_plugins(), self.list_sources()
         except LedgerError as error:
             # The one moment when status matters most: tell what is known without the ledger.
@@ -235,6 +237,7 @@ class ControlPlane:
             "sentinel": self._sentinel_row() if running else None,
             "ledger": {"path": self._database, "state": _told(view.problem)},
             "jobs": counts,
+            **api,
             "workers": view.workers,
             "trials": view.trials,
             "plugins": plugins,
@@ -248,6 +251,8 @@ class ControlPlane:
             "sentinel": self._sentinel_row() if self._stop is not None else None,
             "ledger": {"path": self._database, "state": _told(problem)},
             "jobs": {},
+            "api_jobs": {},
+            "requests": 0,
             "workers": view.workers,
             "trials": view.trials,
             "plugins": [],
