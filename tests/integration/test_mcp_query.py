@@ -8,6 +8,8 @@ and CSV outputs. What is observed: answers, refusals, and the files around. Most
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from casparian_flow.mcp_server.budget import ANSWER_BYTES_MAX
 from casparian_flow.mcp_server.query import QueryFailedError, QueryLimits, select
 from casparian_flow.mcp_server.query_child import answer_to
 from casparian_flow.mcp_server.redaction import RedactionMode, Redactor
+from casparian_worker.sandbox import landlock
 
 KEY = b"k" * 32
 OUTPUT = (
@@ -263,6 +266,60 @@ def test_a_child_answers_and_leaves_no_copy(child: Asked, tmp_path: Path) -> Non
     with pytest.raises(UsageError):
         child("DELETE FROM cf_output")
     assert list(tmp_path.iterdir()) == []
+
+
+INTRUDER = """
+import json, sys
+from casparian_flow.mcp_server.query_child import _confine
+request = json.load(sys.stdin)
+_confine(request)
+for path in (request["snapshot"], *request["read"]):
+    open(path, "rb").read()
+for path in request["denied"]:
+    try:
+        open(path, "rb").read()
+    except PermissionError:
+        print("denied")
+try:
+    with open(request["write"], "wb", buffering=0) as file:
+        file.write(b"x")
+except OSError:
+    print("not written")
+"""
+
+
+def test_a_child_reads_what_it_must_and_writes_nothing_even_past_duckdb(
+    world: Path, tmp_path: Path
+) -> None:
+    """What an intruder in the child's place could do after it has confined itself."""
+    denied = [str(world / "secret.csv"), str(world / "out" / "linked" / "x.parquet"), "/etc/passwd"]
+    request = {
+        "snapshot": str(world / "ledger.duckdb"),
+        "output_root": str(world / "out"),
+        "timeout_s": 5,
+        "memory_mb": 128,
+        "read": [str(world / "out" / "sales" / "a.parquet")],
+        "denied": denied,
+        "write": str(tmp_path / "stolen"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", INTRUDER],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    try:
+        landlock.abi()
+    except OSError:
+        confined = 0  # such a kernel leaves reading to DuckDB's own guards
+    else:
+        confined = len(denied)
+    assert done.stdout.split("\n")[:-1] == ["denied"] * confined + ["not written"]
+    written = tmp_path / "stolen"
+    assert not written.exists() or written.read_bytes() == b""
 
 
 def test_a_query_without_end_and_one_that_is_too_large_are_stopped(

@@ -28,12 +28,17 @@ from mcp.shared.exceptions import MCPError
 from mcp_kit import CANARY, McpPlace, mcp_place
 from worker_process import wait_until, worker_process
 
-from casparian_flow.config import overridden
+from casparian_flow.config import load_settings, overridden
+from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import ConfigError
+from casparian_flow.mcp_server.audit import AuditLog
+from casparian_flow.mcp_server.desk import Desk
 from casparian_flow.mcp_server.job_requests import PENDING_MAX
+from casparian_flow.mcp_server.server import ToolServer
 from casparian_flow.mcp_server.serving import check_exposure, is_loopback
 from casparian_flow.mcp_server.tools import TOOLS
 from casparian_flow.protocol.http_types import ApprovalStatus, HttpJobStatus, HttpJobType
+from casparian_flow.sentinel.control import connect
 
 CASPARIAN = Path(sys.executable).with_name("casparian")
 TOKEN = "t0ken-of-a-test-" * 3
@@ -344,3 +349,14 @@ def test_without_a_sentinel_each_call_opens_the_ledger_and_leaves_it_to_others(
     assert failed
     assert CANARY not in text
     wait_until(lambda: not list(place.folder.glob("*.state/snapshots/*")), PATIENCE_S)
+
+
+def test_a_call_makes_no_ledger(tmp_path: Path) -> None:
+    (tmp_path / "global_config.toml").write_text("")
+    settings = load_settings(tmp_path / "global_config.toml")
+    tools = ToolServer(Desk(settings, connect, SystemClock()), AuditLog(tmp_path / "log"), "test")
+    for tool in ("casparian_plugins", "casparian_job_list"):
+        text, failed = tools.call(tool, {})
+        assert failed
+        assert "no ledger" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_config.toml", "log"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from casparian_flow.config import Settings
 from casparian_flow.domain.clock import Clock
+from casparian_flow.domain.errors import NotFoundError
 from casparian_flow.domain.paths import text_to_path
 from casparian_flow.mcp_server.allow_list import AllowList
 from casparian_flow.mcp_server.query import QueryLimits
@@ -42,8 +43,15 @@ class Desk:
         """The control plane, while the block runs; keep it short, others wait.
 
         Raises:
+            NotFoundError: there is no ledger; none is made by a client's call.
             LedgerError: the ledger cannot be used.
         """
+        location = self.settings.database.db_location
+        if not self.settings.sentinel.control_address and not location.exists():
+            raise NotFoundError(
+                f"there is no ledger {location} yet",
+                hint="A person makes it: casparian source add FOLDER, then casparian start.",
+            )
         with self._turn, self._connector(self.settings) as control:
             yield control
 

@@ -182,6 +182,8 @@ def plain_job(job: HttpJob, redactor: Redactor) -> Answer:
     plain: Answer = {k: v for k, v in msgspec.to_builtins(job).items() if k not in _HIDDEN}
     if job.error_message is not None:
         plain["error_message"] = redactor.message(job.error_message)
+    if job.progress is not None and job.progress.message is not None:
+        plain["progress"]["message"] = redactor.message(job.progress.message)
     return plain
 
 

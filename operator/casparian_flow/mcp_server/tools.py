@@ -117,6 +117,7 @@ class ApprovalListArguments(Arguments, frozen=True):
 
 
 def plugins(desk: Desk, asked: PluginsArguments) -> Answer:
+    redactor = desk.redactor(None)
     with desk.control() as control:
         rows, topics = control.list_plugins(), control.list_topics()
     shown = [
@@ -125,7 +126,7 @@ def plugins(desk: Desk, asked: PluginsArguments) -> Answer:
             "version": row["version"],
             "status": row["status"],
             "paused": bool(row["paused"]),
-            "pause_reason": row["pause_reason"] or "",
+            "pause_reason": redactor.message(row["pause_reason"] or ""),
             "topics": [
                 {"topic": t["topic_name"], "sinks": str(t["uri"]).split("\n"), "mode": t["mode"]}
                 for t in topics
