@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import msgspec
 
-from casparian_flow.config import CONFIG_NAME
 from casparian_flow.domain.errors import ConflictError, NotFoundError, NotPermittedError
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.mcp_server.budget import fitting
@@ -77,7 +76,7 @@ def run(desk: Desk, plugin: str, version: str | None, input_dir: str, output: st
 def approve_command(config: Path | None, approval: Approval) -> str:
     """What a person types, wherever they are."""
     words = ["casparian", "mcp", "approve", approval.approval_id]
-    if config is not None and config != Path.cwd() / CONFIG_NAME:
+    if config is not None and config.is_file():
         words[1:1] = ["--config", path_to_text(str(config))]
     return shlex.join(words)
 
