@@ -18,6 +18,7 @@ from builders import (
 )
 
 from casparian_flow.domain.failures import Reason
+from casparian_flow.domain.ids import JobId
 from casparian_flow.domain.jobs import JobStatus, JournalKind
 from casparian_flow.domain.records import GrantOutcome, Health, HealthRecord, Job, Record
 from casparian_flow.protocol import messages as m
@@ -777,3 +778,65 @@ def test_who_has_waited_long_enough_for_a_job_is_told_where_it_is() -> None:
     bench.pass_time(2.0)
     assert bench.replies == [{"outcome": "waiting", "status": JobStatus.QUEUED}]
     assert bench.broker.unanswered == []
+
+
+# -- jobs that an API job has made ----------------------------------------------------------------
+
+
+def rehearsal(number: int = 1) -> Bench:
+    job = make_job(number)
+    job.rehearsal = 5
+    bench = Bench(job, config=BrokerConfig(breaker_failures=1))
+    bench.worker()
+    return bench
+
+
+def test_a_rehearsal_is_told_so_and_its_report_is_kept() -> None:
+    bench = rehearsal()
+    (dispatch,) = bench.sent(m.Dispatch)
+    assert dispatch.rehearsal == 5
+    bench.conclude("w1", bench.broker.jobs[JobId(1)], report='{"topics":[]}', metrics={"rows": 3})
+    assert bench.kinds[-1] is JournalKind.COMPLETED
+    assert bench.records[-1].data == {
+        "completion": "SUCCESS",
+        "metrics": {"rows": 3},
+        "report": '{"topics":[]}',
+    }
+
+
+def test_a_rehearsal_is_never_granted() -> None:
+    bench = rehearsal()
+    bench.stage("w1", bench.broker.jobs[JobId(1)])
+    (refusal,) = bench.sent(m.Refuse)
+    assert refusal.message == "a rehearsal publishes nothing"
+    assert bench.sent(m.Grant) == []
+    assert JournalKind.GRANTED not in bench.kinds
+
+
+def test_a_failed_rehearsal_counts_for_nothing() -> None:
+    bench = rehearsal()
+    bench.conclude("w1", bench.broker.jobs[JobId(1)], "FAILED", reason=Reason.TIMEOUT)
+    assert bench.kinds[-1] is JournalKind.FAILED
+    assert "dead_letter" not in (bench.records[-1].data or {})
+    assert not bench.broker.queue.lane("sales").health.paused
+
+
+def test_a_pinned_job_is_left_when_other_code_is_active() -> None:
+    job = make_job(1)
+    job.pin = "other/code"
+    bench = Bench(job)
+    bench.worker()
+    assert bench.sent(m.Dispatch) == []
+    (record,) = bench.records
+    assert (record.kind, (record.data or {})["reason"]) == (
+        JournalKind.SKIPPED,
+        Reason.PLUGIN_CHANGED,
+    )
+
+
+def test_a_pinned_job_runs_with_its_own_code() -> None:
+    job = make_job(1)
+    job.pin = make_spec().code
+    bench = Bench(job)
+    bench.worker()
+    assert len(bench.sent(m.Dispatch)) == 1

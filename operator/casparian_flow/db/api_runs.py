@@ -43,6 +43,7 @@ from casparian_flow.domain.paths import path_to_text
 from casparian_flow.domain.records import Job, PluginSpec
 from casparian_flow.domain.wording import counted
 from casparian_flow.protocol.http_types import (
+    COUNT_MAX,
     Approval,
     ApprovalBinding,
     ApprovalOperation,
@@ -622,6 +623,13 @@ def _write_tasks(
         )
 
 
+def give_up(ledger: Ledger, clock: Clock, api_job_id: int, message: str) -> None:
+    """Let a job fail that cannot be carried out any further."""
+    told = message[:MESSAGE_CHARS_MAX]
+    with transaction_of(ledger, clock) as unit:
+        api_jobs.finish_job(unit, api_job_id, HttpJobStatus.FAILED, told, None)
+
+
 # -- under way ----------------------------------------------------------------------------------
 
 
@@ -877,12 +885,13 @@ def _rehearsed_rows(unit: Unit, api_job_id: int) -> tuple[int, int]:
     """Good rows and bad ones of rehearsals, which have no outputs in the ledger."""
     (row,) = unit.look(
         f"""
-        SELECT coalesce(sum((data->>'$.metrics.rows')::BIGINT), 0)::BIGINT AS good,
-               coalesce(sum((data->>'$.metrics.quarantine_rows')::BIGINT), 0)::BIGINT AS bad
+        SELECT least(coalesce(sum((data->>'$.metrics.rows')::BIGINT), 0), $2)::BIGINT AS good,
+               least(coalesce(sum((data->>'$.metrics.quarantine_rows')::BIGINT), 0), $2)::BIGINT
+                   AS bad
         FROM cf_journal WHERE kind = 'COMPLETED'
           AND job_id IN (SELECT job_id FROM {TASKS} WHERE api_job_id = $1 AND told)
         """,
-        [api_job_id],
+        [api_job_id, COUNT_MAX],
     )
     return row["good"], row["bad"]
 

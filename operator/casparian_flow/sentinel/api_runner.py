@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from casparian_flow.db import api_runs
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import Clock
-from casparian_flow.domain.errors import CasparianError, SentinelUnreachableError
+from casparian_flow.domain.errors import CasparianError, LedgerError, SentinelUnreachableError
 from casparian_flow.domain.ids import JobId
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.loop import CoreLoop
@@ -85,20 +85,38 @@ class ApiRunner:
         """
         self._on_ledger(lambda ledger: api_runs.start_approved_runs(ledger, self._clock))
         for api_job_id in self._on_ledger(api_runs.waiting_jobs):
-            self._begin(api_job_id)
+            self._or_give_up(api_job_id, partial(self._begin, api_job_id))
         running = self._on_ledger(api_runs.running_tasks)
-        over = [self._collect(api_job_id, tasks) for api_job_id, tasks in running.items()]
+        over = [
+            self._or_give_up(api_job_id, partial(self._collect, api_job_id, tasks))
+            for api_job_id, tasks in running.items()
+        ]
         self._cancel_orphans()
         return not all(over)
+
+    def _or_give_up(self, api_job_id: int, step: Callable[[], bool]) -> bool:
+        """One step of a job, whose own fault must not hold up the others."""
+        try:
+            return step()
+        except (LedgerError, SentinelUnreachableError):
+            raise
+        except CasparianError as error:
+            log.error("API job %d cannot go on: %s", api_job_id, error)
+            message = error.with_hint()
+            self._on_ledger(
+                lambda ledger: api_runs.give_up(ledger, self._clock, api_job_id, message)
+            )
+            return True
 
     def _on_ledger(self, fn: Callable[[Ledger], T]) -> T:
         return self._loop.call(fn).result()
 
-    def _begin(self, api_job_id: int) -> None:
+    def _begin(self, api_job_id: int) -> bool:
         began = self._loop.enlist(
             lambda ledger: api_runs.begin(ledger, self._clock, api_job_id)
         ).result()
         log.info("API job %d %s", api_job_id, "began" if began else "did not begin")
+        return not began
 
     def _collect(self, api_job_id: int, tasks: list[int]) -> bool:
         """Tell what has ended; returns whether the API job is over."""
