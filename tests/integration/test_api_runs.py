@@ -15,8 +15,10 @@ from signing_kit import lax_rules, signed
 from worker_process import wait_until, worker_process
 
 from casparian_flow.db import api_approvals, api_runs
+from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.group_commit import transaction_of
 from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.retention import HistoryAges, clean_history
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.protocol.http_types import (
@@ -451,3 +453,20 @@ def test_what_cannot_be_run_is_refused_with_a_hint(idle: Site, tmp_path: Path) -
     )
     assert idle.api.list_approvals() == []
     assert idle.api.list_jobs() == []
+
+
+def test_rehearsals_go_with_their_api_job_and_its_age(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    folder = site.fill("in", THREE)
+    job_id = site.api.start_job(HttpJobType.BACKTEST, "people", None, folder)
+    wait_until(lambda: site.running(job_id), PATIENCE_S)
+    assert site.api.cancel_job(job_id)
+    wait_until(lambda: {row["status"] for row in site.jobs()} == {"ABORTED"}, PATIENCE_S)
+    site.stop()
+    clock = SystemClock()
+    with Ledger.open(site.database, clock=clock) as ledger:
+        now_us = clock.now().wall_us
+        assert clean_history(ledger, HistoryAges(jobs=0.0), now_us).jobs == 0
+        ApiStorage(ledger).cleanup_old_data(0, 0)
+        assert clean_history(ledger, HistoryAges(jobs=0.0), now_us).jobs == 3
+        assert ledger.check() == []

@@ -73,8 +73,9 @@ def _jobs(connection: duckdb.DuckDBPyConnection, hours: float | None, now_us: in
           AND NOT EXISTS (SELECT 1 FROM cf_dead_letter d WHERE d.original_job_id = q.id)
           AND NOT EXISTS (SELECT 1 FROM {_QUEUE} r WHERE r.retry_of = q.id)
           AND NOT EXISTS (SELECT 1 FROM {TASKS} t WHERE t.job_id = q.id)
-          AND NOT EXISTS (
-              SELECT 1 FROM cf_file_location l WHERE l.current_version_id = q.file_version_id)
+          -- A file's last job says that it was processed; a rehearsal says no such thing.
+          AND (q.rehearsal IS NOT NULL OR NOT EXISTS (
+              SELECT 1 FROM cf_file_location l WHERE l.current_version_id = q.file_version_id))
         """,
         [_before(hours, now_us)],
     )
