@@ -84,10 +84,10 @@ def over_http(address: str, talk: Talk, token: str = "") -> None:
 
 
 @contextmanager
-def http_server(place: McpPlace, **environment: str) -> Iterator[str]:
+def http_server(place: McpPlace, *options: str, **environment: str) -> Iterator[str]:
     """`casparian mcp serve --http` on a free port; its address."""
     process = subprocess.Popen(
-        [CASPARIAN, "--config", place.config, "mcp", "serve", "--http", "--port", "0"],
+        [CASPARIAN, "--config", place.config, "mcp", "serve", "--http", "--port", "0", *options],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
@@ -265,6 +265,25 @@ def test_http_serves_on_loopback_and_with_a_token_only_who_has_it(place: McpPlac
         # What a page in a browser could send after it had its name point here.
         assert status(address, mine | {"Host": "evil.example"}) == 421
         assert status(address, mine | {"Origin": "https://evil.example"}) == 403
+
+
+def test_http_without_a_token_is_for_this_machine_and_its_own_names(place: McpPlace) -> None:
+    async def talk(client: Client) -> None:
+        assert len((await client.list_tools()).tools) == len(TOOLS)
+
+    with http_server(place, "--host", "127.0.0.2") as address:
+        over_http(address, talk)
+        asked = urllib.request.Request(
+            address,
+            b"{}",
+            {"Content-Type": "application/json", "Host": "evil.example:80"},
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(asked):
+            pass
+        with caught.value as error:
+            assert error.code == 421
+    told = person(place, "mcp", "serve", "--http", "--host", "0.0.0.0", "--port", "0")
+    assert "no token" in told
 
 
 def test_an_address_beyond_this_machine_wants_a_token() -> None:

@@ -11,6 +11,7 @@ import anyio
 import uvicorn
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
+from mcp.server.transport_security import TransportSecuritySettings
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from casparian_flow.domain.errors import ConfigError
@@ -54,7 +55,7 @@ def serve_http(
             json_response=True,
             stateless_http=True,
             max_request_body_size=BODY_BYTES_MAX,
-            host=host,
+            transport_security=_headers_checked(host),
         )
         config = uvicorn.Config(
             BearerToken(inner, token) if token else inner,
@@ -66,11 +67,28 @@ def serve_http(
             ws="none",
         )
         taken = listener.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        listening(f"http://{shown}:{taken}{PATH}")
+        listening(f"http://{_in_url(host)}:{taken}{PATH}")
         anyio.run(_serve, uvicorn.Server(config), [listener])
     finally:
         listener.close()
+
+
+def _headers_checked(host: str) -> TransportSecuritySettings:
+    """Which Host and Origin requests may carry.
+
+    On loopback only its own names: a page in a browser whose name was made to point here has
+    another. Elsewhere the token, which no page has, does the same.
+    """
+    names = [f"{name}:*" for name in (_in_url(host), "127.0.0.1", "localhost", "[::1]")]
+    return TransportSecuritySettings(
+        enable_dns_rebinding_protection=is_loopback(host),
+        allowed_hosts=names,
+        allowed_origins=[f"http://{name}" for name in names],
+    )
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 async def _serve(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
