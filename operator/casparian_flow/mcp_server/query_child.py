@@ -37,7 +37,11 @@ TABLE_FUNCTIONS: Final = frozenset({"unnest", "range", "generate_series"})
 """Those that compute; all others read files, settings or other SQL."""
 TELLING: Final = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException)
 """Errors found before a value is read, so that their text tells of none."""
-READERS: Final = {"parquet": "read_parquet", "csv": "read_csv"}
+READERS: Final = {
+    "parquet": "read_parquet({}, union_by_name = true)",
+    # The first line is the header, whatever it looks like: guessing could take a row for it.
+    "csv": "read_csv({}, union_by_name = true, header = true)",
+}
 FETCH_ROWS: Final = 256
 INTERRUPT_S: Final = 0.2
 SLACK_BYTES: Final = 2 << 30
@@ -160,10 +164,9 @@ def _prepare(connection: duckdb.DuckDBPyConnection, request: dict[str, Any]) -> 
     listing = "" in referenced or not referenced.isdisjoint(_LISTINGS)
     for name, (reader, files) in views.items():
         if listing or name in referenced:
-            found = ", ".join(map(_quoted, files))
+            rows = reader.format(f"[{', '.join(map(_quoted, files))}]")
             connection.execute(
-                f"CREATE VIEW outputs.{_identifier(name)} AS "  # noqa: S608 - quoted names
-                f"SELECT * FROM {reader}([{found}], union_by_name = true)"
+                f"CREATE VIEW outputs.{_identifier(name)} AS SELECT * FROM {rows}"  # noqa: S608 - quoted
             )
     root = request["output_root"].rstrip("/") + "/"
     connection.execute("SET search_path = 'ledger.main,memory.outputs'")
