@@ -25,7 +25,7 @@ from casparian_flow.cli import (
     start,
     status,
 )
-from casparian_flow.cli.context import App
+from casparian_flow.cli.context import App, CommandGroup
 from casparian_flow.config import LOG_FORMAT
 from casparian_flow.domain.errors import CasparianError
 
@@ -40,7 +40,7 @@ Shell completion (bash; for zsh and fish write zsh_source, fish_source):
 """
 
 
-class OrderedGroup(click.Group):
+class OrderedGroup(CommandGroup):
     """Lists its commands in the order in which they are usually needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from casparian_flow.cli.context import App, limit_option, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, limit_option, output_option, pass_app
 from casparian_flow.cli.output import Column, note, short_time, show_data, show_rows
 from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
 from casparian_flow.protocol.http_types import Approval, ApprovalStatus
@@ -25,7 +25,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def approvals() -> None:
     """Requests that wait for a person; the same commands as under 'casparian mcp'."""
 

@@ -15,6 +15,8 @@ from casparian_flow.sentinel.api import ApiStore, ControlApi, Row
 if TYPE_CHECKING:
     from casparian_flow.sentinel.control import ControlClient
 
+SENTENCE_CHARS = 200
+"""Of a command's first sentence, in the help of its group."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,6 +83,17 @@ class App:
         control, self._control = self._control, None
         if control is not None:
             control.close()
+
+
+class CommandGroup(click.Group):
+    """A group whose help tells the first sentence of each command whole, on lines as needed."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(n, c.get_short_help_str(SENTENCE_CHARS)) for n, c in commands if c is not None]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
 
 
 pass_app = click.make_pass_decorator(App)

@@ -6,6 +6,7 @@ import click
 
 from casparian_flow.cli.context import (
     App,
+    CommandGroup,
     absolute_text,
     limit_option,
     output_option,
@@ -52,7 +53,7 @@ VERSION_COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def source() -> None:
     """Folders that are watched (source roots)."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from casparian_flow.cli.context import App, limit_option, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, limit_option, output_option, pass_app
 from casparian_flow.cli.output import (
     Column,
     last_line,
@@ -87,7 +87,7 @@ def jobs(
     )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def job() -> None:
     """Look at one job, or decide about it."""
 

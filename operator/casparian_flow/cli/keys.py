@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, output_option, pass_app
 from casparian_flow.cli.output import (
     Column,
     note,
@@ -34,7 +34,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def keys() -> None:
     """Make keys, and say whose count."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, output_option, pass_app
 from casparian_flow.cli.output import note, one_line, show_data, show_table, to_json
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, ConflictError
@@ -71,7 +71,7 @@ def sql(app: App, query: str, limit: int, form: str) -> None:
         note(f"only the first {limit} rows are shown; --limit 0 shows all")
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def ledger() -> None:
     """Check the ledger, or carry its history elsewhere."""
 

@@ -5,13 +5,13 @@ import sys
 
 import click
 
-from casparian_flow.cli.context import App, pass_app
+from casparian_flow.cli.context import App, CommandGroup, pass_app
 from casparian_flow.config import LOG_FORMAT, overridden
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import ConfigError
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def mcp() -> None:
     """What language models may ask of Casparian Flow, and what people say to it."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, output_option, pass_app
 from casparian_flow.cli.output import (
     Column,
     many_lines,
@@ -79,7 +79,7 @@ def plugins(app: App) -> None:
     )
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def plugin() -> None:
     """Look at one plugin, pause or resume it, go back to an earlier version."""
 
@@ -182,7 +182,7 @@ def backfill(app: App, name: str, execute: bool, force: bool) -> None:
             note(f"  {one_line(str(path))}")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=CommandGroup, invoke_without_command=True)
 @output_option
 @click.pass_context
 def topics(context: click.Context) -> None:
@@ -273,7 +273,7 @@ def _contract(schema: Path | None) -> str:
         raise UsageError(f"{schema} is not UTF-8 text") from error
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=CommandGroup, invoke_without_command=True)
 @output_option
 @click.pass_context
 def rules(context: click.Context) -> None:

@@ -5,12 +5,12 @@ import platform
 import click
 
 from casparian_flow import __version__
-from casparian_flow.cli.context import App, output_option, pass_app
+from casparian_flow.cli.context import App, CommandGroup, output_option, pass_app
 from casparian_flow.cli.output import show_data, show_table, to_json
 from casparian_flow.config import config_path, keys
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def config() -> None:
     """The settings in force."""
 

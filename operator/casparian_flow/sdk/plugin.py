@@ -27,6 +27,7 @@ class BasePlugin:
 
     _publisher: Publisher | None = None
     _published: dict[str, pa.Table] | None = None
+
     def configure(self, ctx: PluginContext, config: Mapping[str, Any]) -> None:
         """Called once, before the first file, with the plugin's parameters."""
 
