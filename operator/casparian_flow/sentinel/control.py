@@ -9,7 +9,6 @@ process and carries the same operations out here, so that a command works either
 
 import itertools
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
