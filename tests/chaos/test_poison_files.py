@@ -35,7 +35,7 @@ MANIFEST = PluginMetadata(pattern="*.txt", topic="texts")
 
 class Handler(BasePlugin):
     def execute(self, file_path):
-        with open(file_path) as file:
+        with self.open_input("r") as file:
             text = file.read()
         if text == "crash":
             os.kill(os.getpid(), signal.SIGKILL)

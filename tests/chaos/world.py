@@ -14,9 +14,11 @@ from acceptance_kit import Flow, make_flow
 from chaos.processes import Service, Zygote
 
 from casparian_flow.cli.idle import active
+from casparian_flow.config import load_settings
 from casparian_flow.domain.errors import SentinelUnreachableError
 from casparian_flow.sentinel.control import ControlClient, remote
 from casparian_flow.sentinel.paths import control_address
+from casparian_flow.services.trust_file import ensure_own_key
 from casparian_worker.sinks.base import token_of_stage
 
 LEASE_S = 1.0
@@ -40,6 +42,9 @@ drain_seconds = 10
 [scout]
 interval_seconds = 0.5
 settle_seconds = 0.1
+
+[trust]
+gatekeeper = "off"
 """
 EXACT = '''\
 """The same rows for the same bytes."""
@@ -60,7 +65,7 @@ MANIFEST = PluginMetadata(
 
 class Handler(BasePlugin):
     def execute(self, file_path):
-        with open(file_path) as file:
+        with self.open_input("r") as file:
             lines = file.read().splitlines()
         rows = [
             {{"line": n, "text": t, "crc": zlib.crc32(t.encode())}} for n, t in enumerate(lines)
@@ -214,7 +219,7 @@ def make_world(
     """
     flow = make_flow(folder, "ledger.duckdb")
     config = CONFIG.format(port=flow.port, lease=LEASE_S, worker=worker, retry=retry_base_s)
-    flow.write("global_config.toml", config)
+    ensure_own_key(load_settings(flow.write("global_config.toml", config)))
     flow.json("source", "add", "inbox")
     return World(flow, zygote, random.Random(seed))
 

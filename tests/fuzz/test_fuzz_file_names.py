@@ -19,7 +19,7 @@ MANIFEST = PluginMetadata(
 
 class Handler(BasePlugin):
     def execute(self, file_path):
-        with open(file_path) as file:
+        with self.open_input("r") as file:
             self.publish("seen", [{"mark": file.read()}])
 """
 FIXED = (

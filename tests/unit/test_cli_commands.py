@@ -95,6 +95,15 @@ def test_jobs_are_shown_as_plain_columns_in_a_pipe_without_control_characters(
     assert done.out.splitlines()[0].split()[:3] == ["ID", "STATUS", "PLUGIN"]
 
 
+def test_versions_of_a_name_too_long_for_the_disk_as_it_is_shown_can_be_asked_for(
+    casparian: Casparian,
+) -> None:
+    name = "\\xf0" * 100
+    done = casparian("versions", name, versions=[])
+    assert done.code == 0
+    assert done.control.calls[0][1] == (name,)
+
+
 def test_json_is_all_that_is_on_standard_output(casparian: Casparian) -> None:
     done = casparian("jobs", "-o", "json", list_jobs=[JOB])
     assert done.json == [JOB]

@@ -1,5 +1,6 @@
 """Sources, scans, files and versions."""
 
+import os
 from pathlib import Path
 
 import click
@@ -206,7 +207,8 @@ def versions(app: App, path: str) -> None:
 
     PATH is a path on disk, or relative to a source root.
     """
-    wanted = absolute_text(path) if Path(path).exists() else path
+    # A name that is not UTF-8 may be too long for the disk in the form in which it is shown.
+    wanted = absolute_text(path) if os.path.exists(path) else path
     show_rows(
         app,
         app.control.versions(wanted),
