@@ -150,9 +150,11 @@ def test_a_refused_job_leaves_nothing(line: Line) -> None:
 def test_an_abort_stops_the_plugin_at_once_and_the_worker_goes_on(line: Line) -> None:
     spec_id = line.plugin(SLOW_PLUGIN)
     long_jobs = [line.start(spec_id, "60")[0] for _ in range(2)]
-    for job_id in long_jobs:
-        token = line.sentinel.token(job_id)
-        line.sentinel.expect(m.DispatchAck, where=lambda ack, t=token: ack.token == t)
+    tokens = {line.sentinel.token(job_id) for job_id in long_jobs}
+    begun: set[str] = set()
+    while begun != tokens:
+        ack = line.sentinel.expect(m.DispatchAck, where=lambda ack: ack.token in tokens)
+        begun.add(ack.token)
     before = time.monotonic()
     for job_id in long_jobs:
         line.sentinel.send(line.worker, job_id, m.Abort(line.sentinel.token(job_id), "cancelled"))
