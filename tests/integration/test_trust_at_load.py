@@ -119,6 +119,10 @@ def test_a_version_changed_in_the_ledger_does_not_run_and_the_reason_is_shown(
         paused, reason = state(control)
         assert paused
         assert message in reason
+    with connect(load_settings(desk.config)) as control:
+        # Opened without a Sentinel: nobody judges, so what was judged before stands.
+        assert state(control) == (True, reason)
+        assert any(reason in cause["cause"] for cause in control.status()["causes"])
 
 
 def test_a_configuration_that_cannot_be_read_trusts_nobody(desk: Desk) -> None:

@@ -116,7 +116,8 @@ class Ledger:
         path: the file, None in memory.
         must_reopen: after a failure whose outcome is unknown; call `reopen`.
         limits: what a plugin run may use, for `plugin_specs`; the owner may set others.
-        screen: says of a plugin version why it may not run, "" if it may; the owner sets it.
+        screen: says of a plugin version why it may not run, "" if it may, None if it does not
+            judge; the owner sets it.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Ledger:
         self.epoch = 0
         self.must_reopen = False
         self.limits = Limits()
-        self.screen: Callable[[PluginSpec], str] = _pass_all
+        self.screen: Callable[[PluginSpec], str | None] = _not_judged
         self._clock = clock
         self._create = create
         self._lock = threading.RLock()
@@ -992,9 +993,8 @@ _OWN_FAULTS = (
 """Wrong SQL or data: shown as they are, for the disk has nothing to do with them."""
 
 
-def _pass_all(_: PluginSpec) -> str:
+def _not_judged(_: PluginSpec) -> None:
     """The screen of a ledger whose owner hands no plugin to anybody."""
-    return ""
 
 
 class _OutputTakenError(Exception):

@@ -97,7 +97,8 @@ class PluginSpec:
         manifest_json, envelope: what was signed with the source, and the signature; the envelope is
             "" where there is none.
         deployed_at_us: when the deploy was recorded, microseconds since the epoch.
-        refused: why the version may not run, "" if it may; never sent to a worker.
+        refused: why the version may not run, "" if it may, None if nobody has judged it; never
+            sent to a worker.
     """
 
     spec_id: str
@@ -115,7 +116,7 @@ class PluginSpec:
     manifest_json: str = ""
     envelope: str = ""
     deployed_at_us: int = 0
-    refused: str = ""
+    refused: str | None = None
 
     @property
     def code(self) -> str:

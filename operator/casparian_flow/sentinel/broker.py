@@ -892,7 +892,8 @@ class Broker:
                 self._pause_refused(lane.health, spec.refused, now)
                 continue
             lane.spec = spec
-            if lane.health.paused and lane.health.reason.startswith(REFUSED):
+            judged = spec.refused is not None
+            if judged and lane.health.paused and lane.health.reason.startswith(REFUSED):
                 lane.health = Health(spec.plugin)
                 self._write_health(lane.health, now)
 

@@ -153,8 +153,7 @@ def _waiting(facts: Facts) -> Found:
         return
     if not facts.running:
         yield f"{_jobs(queued, 'is', 'are')} queued and no Sentinel runs", "Run 'casparian start'."
-        return
-    if not facts.workers:
+    elif not facts.workers:
         yield (
             f"{_jobs(queued, 'is', 'are')} queued and no worker is connected",
             "Run 'casparian start', or 'casparian worker --connect ADDRESS'.",
