@@ -137,7 +137,8 @@ def test_a_plugin_that_paused_itself_is_explained(flow: Flow) -> None:
     flow.work_off(code=1)
     flow.write("inbox/one-more.csv", "a\n5\n")
     with flow.start():
-        wait_for("all jobs that wait", lambda: flow.counts().get("QUEUED") == 3)
+        # How many had been sent ahead when the pause came is the machine's affair.
+        wait_for("the last file's job", lambda: sum(flow.counts().values()) == 5)
         wait_for("a worker", lambda: flow.json("workers"))
         said = causes(flow)
     assert "plugin sales is paused" in said
