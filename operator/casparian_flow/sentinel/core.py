@@ -45,6 +45,8 @@ PACE_SECONDS = 0.03
 """Between commits when there are more; far less than a worker's lookahead takes."""
 BIG = 256
 """Items of a batch that is worth a commit of its own."""
+CROWD = 8
+"""Jobs under way from which on a commit that waits may find company."""
 LAZY_SECONDS = 1.0
 HYDRATE_PAGE = 10_000
 FIRST_PAGE = 1_000
@@ -263,7 +265,7 @@ class SentinelCore(Generic[L]):
         """Hand the batch to the ledger if its time has come."""
         if not self._batch:
             return
-        if self._eager and len(self._batch) < BIG:
+        if self._eager and len(self._batch) < BIG and len(self.broker.leases) >= CROWD:
             self._commit_at = self._pace.due(mono)
             if self._commit_at > mono:
                 return
