@@ -222,6 +222,50 @@ class SandboxSettings(_Section):
     applied, and `casparian status` shows the rest."""
 
 
+class OperatorSettings(_Section):
+    """The operator on Kubernetes, `casparian operator`. The Helm chart writes them."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")] = "casparian"
+    """First part of the names of this installation's own objects, such as its Lease."""
+    namespace: str = ""
+    """Its own namespace. Empty: the one that its pod runs in."""
+    watch_namespaces: tuple[str, ...] = ()
+    """Namespaces whose objects it looks after. Empty: its own."""
+    sentinel_host: str = ""
+    """Host by which pods reach the Sentinel. Empty: `NAME-sentinel.NAMESPACE.svc`."""
+    listen_host: str = "127.0.0.1"
+    """Address on which health and metrics are served; in a pod 0.0.0.0."""
+    health_port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    """Port of `/livez` and `/readyz`; 0 turns them off."""
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9090
+    """Port of `/metrics`; 0 turns it off."""
+    resync_seconds: Annotated[float, Field(ge=1, le=30)] = 15.0
+    """Seconds between two looks at all objects, which repair what somebody else has changed."""
+    kept_versions: Annotated[int, Field(ge=0, le=20)] = 2
+    """Earlier versions of a plugin whose Deployments are kept, at zero replicas."""
+    worker_image: str = ""
+    """Image of the pods of workers, provisioning and Scouts."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When nodes pull that image."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with which they pull it; each namespace has its own of these names."""
+    worker_resources: dict[str, dict[str, str]] = {}
+    """Requests and limits of plugin containers whose CasparianPlugin names none."""
+    network_policies: bool = True
+    """Whether every Deployment and Scout gets a NetworkPolicy."""
+    environments_storage_class: str = ""
+    """Storage class whose volumes many nodes can mount; locked environments are made on one, once
+    for each lock file. Empty: no volume, every pod makes its own in an init container."""
+    environments_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")] = "10Gi"
+    """Size of that volume, one in each namespace."""
+    index_url: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    """Package index for environments. Empty: the one in the lock file."""
+    index_ca_config_map: str = ""
+    """ConfigMap in each namespace whose `ca.crt` is believed when the index is asked."""
+    wheelhouse_claim: str = ""
+    """PersistentVolumeClaim in each namespace with wheels, for clusters without an index."""
+
+
 class TrustedKeySettings(_Section):
     """One public key of a signer."""
 
@@ -292,6 +336,7 @@ class Settings(BaseSettings):
     mcp: McpSettings = McpSettings()
     retention: RetentionSettings = RetentionSettings()
     trust: TrustSettings = TrustSettings()
+    operator: OperatorSettings = OperatorSettings()
 
     _file: Path | None = PrivateAttr(default=None)
 
