@@ -1,0 +1,210 @@
+"""Condition types, their reasons, and the reasons of Events: words that machines may rely on.
+
+A condition's reason says why it is as it is, in one word; its message says so to people. A word
+once here keeps its meaning. An Event has the reason of the condition that it tells of, or one of
+`EventReason`.
+"""
+
+from enum import StrEnum
+from typing import Final
+
+
+class ConditionType(StrEnum):
+    """What is judged; the comment says what `True` means."""
+
+    VERIFIED = "Verified"
+    """CasparianPlugin: the bundle of `spec.source` may run here: read, signed by somebody who is
+    trusted for it, found harmless by the Gatekeeper, and no other bytes have this version."""
+    PROVISIONED = "Provisioned"
+    """CasparianPlugin: the environment of the version's lock file is there to be mounted."""
+    DEPLOYED = "Deployed"
+    """CasparianPlugin: the version is the active one in the ledger, and its workers' Deployment is
+    as it should be."""
+    READY = "Ready"
+    """CasparianPlugin: a job could run now; also at zero replicas. SourceRoot: scans take place."""
+    SCANNED = "Scanned"
+    """SourceRoot: the last scan walked through all of it."""
+    DECIDED = "Decided"
+    """Approval: approved or rejected."""
+    STARTED = "Started"
+    """Approval: what was approved has begun; `status.jobId` names the API job."""
+
+
+class VerifiedReason(StrEnum):
+    """Why a plugin is Verified, or not."""
+
+    VERIFIED = "Verified"
+    SOURCE_MISSING = "SourceMissing"
+    """The ConfigMap, or the key in it, is not there (yet)."""
+    DIGEST_MISMATCH = "DigestMismatch"
+    """The ConfigMap holds another bundle than `digest` says."""
+    BUNDLE_UNREADABLE = "BundleUnreadable"
+    """Not base64, not gzip, or no bundle."""
+    VERSION_MISMATCH = "VersionMismatch"
+    """The bundle holds another version than `spec.version` says."""
+    VERSION_REUSED = "VersionReused"
+    """This version was deployed before with other bytes; versions are immutable."""
+    PLUGIN_CHANGED = "PluginChanged"
+    """The bundle is of another plugin than the object's earlier versions."""
+    NAME_TAKEN = "NameTaken"
+    """Another CasparianPlugin of the namespace, the older one, has a plugin of this name."""
+    UNSIGNED = "Unsigned"
+    UNKNOWN_SIGNER = "UnknownSigner"
+    """The key is not among the trusted ones."""
+    BAD_SIGNATURE = "BadSignature"
+    """The signature does not hold over these bytes."""
+    OUT_OF_SCOPE = "OutOfScope"
+    """The key is trusted, but not for a plugin of this name."""
+    KEY_NOT_VALID = "KeyNotValid"
+    """The key's time has not begun, or is over."""
+    KEY_REVOKED = "KeyRevoked"
+    GATEKEEPER_REFUSED = "GatekeeperRefused"
+    """The source does what the trust profile does not allow."""
+    MANIFEST_REFUSED = "ManifestRefused"
+    """The plugin's MANIFEST, or what the object sets beside it, cannot be deployed."""
+
+
+class ProvisionedReason(StrEnum):
+    """Why a plugin is Provisioned, or not."""
+
+    PROVISIONED = "Provisioned"
+    NOT_NEEDED = "NotNeeded"
+    """The plugin has no lock file: it runs on what the worker image holds."""
+    PROVISIONING = "Provisioning"
+    """The Job that installs is under way."""
+    IN_POD = "InPod"
+    """There is no shared volume: an init container of each worker pod installs."""
+    PROVISION_FAILED = "ProvisionFailed"
+    """The message is uv's own."""
+    WAITING = "Waiting"
+    """For Verified."""
+
+
+class DeployedReason(StrEnum):
+    """Why a plugin is Deployed, or not."""
+
+    DEPLOYED = "Deployed"
+    ON_TRIAL = "OnTrial"
+    """A worker loads the version, and runs it over its samples, before it becomes active."""
+    TRIAL_FAILED = "TrialFailed"
+    """It failed its trial; the version before it stays active."""
+    ROLLING_OVER = "RollingOver"
+    """The earlier version's workers finish what they have."""
+    UNSAFE_OUTPUTS = "UnsafeOutputs"
+    """A SQLite or DuckDB file would be written by several workers."""
+    NO_OUTPUT_VOLUME = "NoOutputVolume"
+    """A sink writes files, and `workers.outputs` names no volume to keep them."""
+    SOURCE_ROOT_MISSING = "SourceRootMissing"
+    """A name in `sourceRoots` belongs to no SourceRoot of the namespace."""
+    VOLUME_CONFLICT = "VolumeConflict"
+    """The volumes to be mounted cannot all be had on one node."""
+    SPEC_REFUSED = "SpecRefused"
+    """The API server took the object, but no Deployment can be made from it."""
+    WAITING = "Waiting"
+    """For Verified or Provisioned."""
+
+
+class ReadyReason(StrEnum):
+    """Why a plugin or source root is Ready, or not."""
+
+    READY = "Ready"
+    SUSPENDED = "Suspended"
+    """By `spec.suspend`."""
+    NOT_VERIFIED = "NotVerified"
+    NOT_PROVISIONED = "NotProvisioned"
+    NOT_DEPLOYED = "NotDeployed"
+    PODS_FAILING = "PodsFailing"
+    """Worker pods do not start or do not stay; the message is a pod's own."""
+    PAUSED = "Paused"
+    """The plugin is paused in the ledger; the message says why, and how to resume it."""
+    VOLUME_MISSING = "VolumeMissing"
+    """The claim is not there."""
+    VOLUME_PENDING = "VolumePending"
+    """The claim is not bound yet."""
+    VOLUME_ON_TWO_NODES = "VolumeOnTwoNodes"
+    """A ReadWriteOnce claim is wanted on two nodes; the message names who holds it where."""
+    PINNED = "Pinned"
+    """Ready, with pods held to the one node where a ReadWriteOnce claim is mounted."""
+    SCHEDULE_REFUSED = "ScheduleRefused"
+    """The CronJob could not be made from `spec.schedule`."""
+
+
+class ScannedReason(StrEnum):
+    """Why a source root is Scanned, or not."""
+
+    SCANNED = "Scanned"
+    NEVER_SCANNED = "NeverScanned"
+    INCOMPLETE = "Incomplete"
+    """Some of it could not be read; the message tells what."""
+    SCAN_FAILED = "ScanFailed"
+
+
+class DecidedReason(StrEnum):
+    """Why an approval is Decided, or not."""
+
+    APPROVED = "Approved"
+    REJECTED = "Rejected"
+    PENDING = "Pending"
+    EXPIRED = "Expired"
+    """Nobody decided in time."""
+    STALE = "Stale"
+    """What was asked for is not what is there any more; it will never start a job."""
+
+
+class StartedReason(StrEnum):
+    """Why an approval is Started, or not."""
+
+    STARTED = "Started"
+    NOT_APPROVED = "NotApproved"
+    STARTING = "Starting"
+    STALE = "Stale"
+    """What was asked for had changed between the decision and the start."""
+    NO_JOB = "NoJob"
+    """The operation is no job: the decision is all."""
+
+
+class EventReason(StrEnum):
+    """Reasons of Events that tell of no condition."""
+
+    CREATED = "Created"
+    """An object of ours was made."""
+    REPAIRED = "Repaired"
+    """An object of ours had been deleted or edited, and was put right."""
+    REMOVED = "Removed"
+    """An object that is not needed any more was deleted."""
+    ROLLED_BACK = "RolledBack"
+    """An earlier version became the active one again."""
+    SCALED = "Scaled"
+    """The queue asked for another number of workers."""
+    SCAN_REQUESTED = "ScanRequested"
+    """The annotation `casparian.io/scan` asked for a scan at once."""
+    RETIRED = "Retired"
+    """Plugin or source root was taken out of the ledger's wiring, since its object is gone."""
+
+
+PLUGIN_CONDITIONS: Final = (
+    ConditionType.VERIFIED,
+    ConditionType.PROVISIONED,
+    ConditionType.DEPLOYED,
+    ConditionType.READY,
+)
+"""In the order in which they come true."""
+SOURCE_CONDITIONS: Final = (ConditionType.READY, ConditionType.SCANNED)
+APPROVAL_CONDITIONS: Final = (ConditionType.DECIDED, ConditionType.STARTED)
+
+VERIFIED_BY_TRUST_CODE: Final = {
+    "trusted": VerifiedReason.VERIFIED,
+    "unsigned": VerifiedReason.UNSIGNED,
+    "unknown_signer": VerifiedReason.UNKNOWN_SIGNER,
+    "unknown_key": VerifiedReason.UNKNOWN_SIGNER,
+    "bad_signature": VerifiedReason.BAD_SIGNATURE,
+    "hash_mismatch": VerifiedReason.BAD_SIGNATURE,
+    "name_mismatch": VerifiedReason.BAD_SIGNATURE,
+    "version_mismatch": VerifiedReason.BAD_SIGNATURE,
+    "malformed": VerifiedReason.BAD_SIGNATURE,
+    "out_of_scope": VerifiedReason.OUT_OF_SCOPE,
+    "not_yet_valid": VerifiedReason.KEY_NOT_VALID,
+    "expired": VerifiedReason.KEY_NOT_VALID,
+    "revoked": VerifiedReason.KEY_REVOKED,
+}
+"""The reason for each `trust.policy.Code`."""
