@@ -61,9 +61,9 @@ LAUNCHER_SOCKET: Final = f"{LAUNCHER_PATH}/launcher.sock"
 SETTINGS_PATH: Final = "/etc/casparian"
 SETTINGS_FILE: Final = f"{SETTINGS_PATH}/config.toml"
 CURVE_PATH: Final = "/var/run/casparian/curve"
-TOKEN_PATH: Final = "/var/run/secrets/casparian"  # noqa: S105 -- a folder
+TOKEN_PATH: Final = "/var/run/secrets/casparian"
 TOKEN_FILE: Final = f"{TOKEN_PATH}/token"
-TOKEN_AUDIENCE: Final = "casparian-sentinel"  # noqa: S105 -- whom tokens are for
+TOKEN_AUDIENCE: Final = "casparian-sentinel"
 LEDGER_FILE: Final = "/var/lib/casparian/ledger.duckdb"
 SENTINEL_SERVICE: Final = "casparian-sentinel"
 WORKER_PORT: Final = 5555
@@ -75,27 +75,6 @@ BUNDLE_KEY: Final = "bundle.casparian.gz"
 """Key of the ConfigMap that `casparian publish --emit-manifest` writes."""
 
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?")
-
-
-def scoped_name(namespace: str, name: str) -> str:
-    """What the ledger calls a plugin or source root of a namespace; "" for one machine.
-
-    >>> scoped_name("finance", "sales")
-    'finance/sales'
-    >>> scoped_name("", "sales")
-    'sales'
-    """
-    return f"{namespace}/{name}" if namespace else name
-
-
-def split_scoped(scoped: str) -> tuple[str, str]:
-    """Namespace and plain name of a scoped name.
-
-    >>> split_scoped("finance/sales"), split_scoped("sales")
-    (('finance', 'sales'), ('', 'sales'))
-    """
-    namespace, slash, name = scoped.partition("/")
-    return (namespace, name) if slash else ("", scoped)
 
 
 def digest_of(parts: Iterable[str]) -> str:
