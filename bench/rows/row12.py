@@ -3,12 +3,14 @@
 import threading
 from pathlib import Path
 
+from bench.flow import Flow
 from bench.harness import Figure, Plan, Stopwatch, at_least, at_most, check
 from bench.workspace import fresh, workspace
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.protocol import EventType, HttpJobType
+from casparian_flow.sentinel.api import ApiStore
 
 BATCHED, QUICK_BATCHED = 100_000, 4_000
 BATCH = 1_000
@@ -22,30 +24,38 @@ FILL = 10_000
 
 
 def measure(plan: Plan) -> list[Figure]:
-    batched, single, looks = [], [], []
+    batched, single, remote, looks = [], [], [], []
+    each = plan.size(SINGLE, QUICK_SINGLE) // CALLERS
     with workspace("row12") as folder:
         for _ in range(plan.rounds):
             with fresh(folder) as inner:
                 batched.append(_in_batches(inner, plan.size(BATCHED, QUICK_BATCHED)))
             with fresh(folder) as inner:
-                single.append(_one_by_one(inner, plan.size(SINGLE, QUICK_SINGLE)))
+                single.append(_one_by_one(inner, each))
+            with fresh(folder) as inner:
+                remote.append(_one_by_one_over_the_socket(inner, each))
         stored = plan.size(STORED, QUICK_STORED)
         with Ledger.open(folder / "full.duckdb", clock=SystemClock()) as ledger:
             storage = ApiStorage(ledger)
             jobs = _fill(storage, stored)
             count = plan.size(LOOKS, QUICK_LOOKS)
             looks = [_slow_look_ms(storage, jobs, stored, count) for _ in range(plan.rounds)]
+    one_by_one = f"events inserted one by one by {CALLERS} callers"
     return [
         Figure(
             "12a", f"events inserted {BATCH:,} at a time", "events/s", batched, at_least(20_000)
         ),
         Figure(
-            "12b", f"events inserted one by one by {CALLERS} callers", "events/s", single,
-            at_least(1_000), notes=["threads of the process that has the ledger open"],
+            "12b", one_by_one, "events/s", single, at_least(1_000),
+            notes=["threads of the process that has the ledger open"],
         ),
         Figure(
             "12c", f"list_events after N, p99, {stored:,} events stored", "ms", looks, at_most(5),
             notes=[f"pages of {PAGE} events, at random places of {JOBS} interleaved jobs"],
+        ),
+        Figure(
+            "12d", f"{one_by_one} over the control socket", "events/s", remote, at_least(1_000),
+            notes=["threads of one client; the Sentinel is a process of its own"],
         ),
     ]  # fmt: skip
 
@@ -62,23 +72,31 @@ def _in_batches(folder: Path, events: int) -> float:
     return events / watch.seconds
 
 
-def _one_by_one(folder: Path, events: int) -> float:
-    each = events // CALLERS
+def _one_by_one(folder: Path, each: int) -> float:
     with Ledger.open(folder / "l.duckdb", clock=SystemClock()) as ledger:
-        storage = ApiStorage(ledger)
-        jobs = [_new_job(storage) for _ in range(CALLERS)]
+        return _singles_per_second(ApiStorage(ledger), each)
 
-        def call(job_id: int) -> None:
-            for n in range(each):
-                storage.insert_event(job_id, EventType.Progress(items_done=n))
 
-        callers = [threading.Thread(target=call, args=(job_id,)) for job_id in jobs]
-        with Stopwatch() as watch:
-            for caller in callers:
-                caller.start()
-            for caller in callers:
-                caller.join()
-        check(all(storage.next_event_id(j) == each + 1 for j in jobs), "every event is there")
+def _one_by_one_over_the_socket(folder: Path, each: int) -> float:
+    with Flow(folder / "l.duckdb", folder).start(workers=0) as flow:
+        return _singles_per_second(flow.control.api, each)
+
+
+def _singles_per_second(storage: ApiStore, each: int) -> float:
+    """Events per second of CALLERS threads that insert `each` events, one by one."""
+    jobs = [_new_job(storage) for _ in range(CALLERS)]
+
+    def call(job_id: int) -> None:
+        for n in range(each):
+            storage.insert_event(job_id, EventType.Progress(items_done=n))
+
+    callers = [threading.Thread(target=call, args=(job_id,)) for job_id in jobs]
+    with Stopwatch() as watch:
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    check(all(storage.next_event_id(j) == each + 1 for j in jobs), "every event is there")
     return each * CALLERS / watch.seconds
 
 
@@ -104,5 +122,5 @@ def _slow_look_ms(storage: ApiStorage, jobs: list[int], stored: int, count: int)
     return sorted(took)[int(count * 0.99)]
 
 
-def _new_job(storage: ApiStorage) -> int:
+def _new_job(storage: ApiStore) -> int:
     return storage.create_job(HttpJobType.RUN, "bench", None, "/in")

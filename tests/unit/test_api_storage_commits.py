@@ -80,9 +80,23 @@ def test_writes_that_wait_share_one_transaction(
     job_id, before = new_job(storage), ledger.history_end
     futures = [commits.submit(add(job_id)) for _ in range(5)]
     assert not any(future.done() for future in futures)
+    assert len(door.asked) == 1
     door.run()
     assert [future.result() for future in futures] == [1, 2, 3, 4, 5]
     assert ledger.history_end == before + 1
+
+
+def test_more_writes_than_one_transaction_takes_ask_for_another(
+    storage: ApiStorage, door: SlowDoor, commits: GroupCommit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casparian_flow.db.group_commit.GATHER_MAX", 2)
+    job_id = new_job(storage)
+    futures = [commits.submit(add(job_id)) for _ in range(5)]
+    for done in (2, 4, 5):
+        assert len(door.asked) == 1
+        door.asked.popleft()()
+        assert sum(future.done() for future in futures) == done
+    assert not door.asked
 
 
 def test_a_refusal_costs_its_own_caller_only(
@@ -162,8 +176,10 @@ def test_a_door_that_is_closed_leaves_nothing_waiting(ledger: Ledger) -> None:
             raise ConflictError("closed")
 
     commits = GroupCommit(Closed(ledger), ManualClock())
-    with pytest.raises(ConflictError):
-        commits.submit(add(1))
+    for _ in range(2):
+        with pytest.raises(ConflictError):
+            commits.submit(add(1)).result(0)
+    assert not commits._pending
 
 
 def test_what_comes_between_looking_and_waiting_is_not_missed(

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
 from casparian_flow.db.api_state import Unit, state_of
@@ -22,8 +22,9 @@ from casparian_flow.domain.errors import CasparianError, LedgerError
 T = TypeVar("T")
 GATHER_MAX: Final = 1_000
 """Writes in one transaction; bounds its time."""
-PATIENCE_S: Final = 0.001
-"""A small part of what a transaction takes."""
+PATIENCE: Final = 0.5
+"""Wait for those who shared the last transaction, in times of what it took."""
+PATIENCE_S_MAX: Final = 0.005
 
 Write = Callable[[Unit], Any]
 _Pending = tuple[Write, "Future[Any]"]
@@ -80,15 +81,16 @@ class GroupCommit:
         self._pending: deque[_Pending] = deque()
         self._leading = False
         """Whether a caller's own thread is at work on a round."""
+        self._asked = False
+        """Whether a round is on its way to the ledger's thread; what is pending goes with it."""
         self._last_size = 0
+        self._last_s = 0.0
 
     def submit(self, write: Callable[[Unit], T]) -> "Future[T]":
         """Run a write in the next transaction.
 
-        The future fails with the write's own error, or with the LedgerError of the commit.
-
-        Raises:
-            CasparianError: the ledger is being closed.
+        The future fails with the write's own error, with the LedgerError of the commit, or with
+        what the door says once the ledger is being closed.
         """
         future: Future[T] = Future()
         pending = (write, future)
@@ -98,14 +100,33 @@ class GroupCommit:
         if isinstance(self._door, DirectDoor):
             self._lead(future)
             return future
-        try:
-            # Every write asks for a round; those whose writes an earlier one took find nothing.
-            self._door.call(self._round)
-        except BaseException:
-            with self._changed, suppress(ValueError):
-                self._pending.remove(pending)
-            raise
+        self._ask()
         return future
+
+    def _ask(self) -> None:
+        """See that a round is on its way to the ledger's thread."""
+        with self._changed:
+            if self._asked:
+                return
+            self._asked = True
+        try:
+            self._door.call(self._asked_round)
+        except Exception as error:  # noqa: BLE001 - raised again where the results are asked for
+            # The ledger is being closed: nobody will ever take what is pending.
+            with self._changed:
+                self._asked = False
+                abandoned = list(self._pending)
+                self._pending.clear()
+            for _, future in abandoned:
+                future.set_exception(error)
+
+    def _asked_round(self, ledger: Ledger) -> None:
+        try:
+            self._round(ledger)
+        finally:
+            if self._pending:
+                # Asked for anew, so that others who use the ledger have their turn in between.
+                self._ask()
 
     def _lead(self, future: "Future[Any]") -> None:
         """Wait for the rounds that another caller's thread works on, or do them."""
@@ -132,14 +153,18 @@ class GroupCommit:
         """
         taken = self._take()
         if taken:
+            began = self._clock.now().mono
             self._commit(ledger, taken)
+            self._last_s = self._clock.now().mono - began
 
     def _take(self) -> list[_Pending]:
         with self._changed:
             if 0 < len(self._pending) < self._last_size:
                 # Those who shared the last transaction are about to be back: a moment's patience
                 # saves them a transaction of their own.
-                self._changed.wait_for(lambda: len(self._pending) >= self._last_size, PATIENCE_S)
+                patience_s = min(PATIENCE * self._last_s, PATIENCE_S_MAX)
+                self._changed.wait_for(lambda: len(self._pending) >= self._last_size, patience_s)
+            self._asked = False
             count = min(len(self._pending), GATHER_MAX)
             if count:
                 self._last_size = count

@@ -23,6 +23,8 @@ QUIET: Final = frozenset(
 REQUESTS: Final = frozenset({"create_approval", "request_run"})
 LATER: Final = {"wait_events": "events_later", "insert_event": "insert_later"}
 """Calls that would hold one of few threads for long or very often, and how they do without."""
+PROMPT: Final = frozenset(API_PREFIX + name for name in LATER)
+"""Calls that come back at once, with a future."""
 DECISIONS: Final = frozenset({"approve", "reject"})
 
 

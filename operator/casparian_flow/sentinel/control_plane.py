@@ -11,6 +11,7 @@ The same class serves the Sentinel's control socket and a command that opens the
 import base64
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ from casparian_flow.db.engine_errors import reading
 from casparian_flow.db.journal import Folded
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import load_counts
+from casparian_flow.db.snapshot import remove as remove_snapshot
+from casparian_flow.db.workload import workload
 from casparian_flow.domain.clock import Clock, Now, utc
 from casparian_flow.domain.errors import (
     ConflictError,
@@ -48,10 +51,12 @@ from casparian_flow.domain.ids import JobId
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
 from casparian_flow.domain.outputs import output_roots
 from casparian_flow.domain.records import Job, PluginSpec
+from casparian_flow.domain.scoped_names import check_namespace, scoped
 from casparian_flow.sentinel import api_calls
 from casparian_flow.sentinel import events as e
 from casparian_flow.sentinel.api import (
     AWAIT_MAX_S,
+    SNAPSHOT_PART_BYTES,
     ChunkResult,
     FileFinding,
     Row,
@@ -76,6 +81,9 @@ T = TypeVar("T")
 LOADING_WAIT_S = 10.0
 LOADING_POLL_S = 0.05
 """A job of a long queue may not have been read into the broker yet."""
+WAL_SUFFIX = ".wal"
+SNAPSHOT_NAME = re.compile(r"[0-9a-z]{1,64}-[0-9]{1,20}-[0-9]{1,20}\.duckdb(\.wal)?")
+"""As `Ledger.snapshot` names its files."""
 SNAPSHOT_AGE_S = 3600.0
 """Snapshots older than this were left behind by a caller that died."""
 QUIET = frozenset(
@@ -84,12 +92,14 @@ QUIET = frozenset(
         "list_sources", "list_files", "versions", "inventory", "next_rescans", "list_plugins",
         "list_topics", "list_trials", "plugin_bundle", "list_rules", "list_workers", "snapshot",
         "check", "begin_scan",
-        "commit_chunk", "finish_scan",
+        "commit_chunk", "finish_scan", "plugin_counts", "snapshot_part", "remove_snapshot",
     }
 ) | api_calls.QUIET  # fmt: skip
 """Operations that change nothing people decided, or come in great numbers; not logged."""
 DEFERRED = {"await_job": "_end_of_job"}
 """Operations that wait for something to happen, and how they do it without holding a thread."""
+PROMPT = frozenset({"ping", *DEFERRED}) | api_calls.PROMPT
+"""Operations that hold up the thread that asks for nothing but a moment."""
 _actor: ContextVar[str] = ContextVar("actor", default="")
 
 
@@ -414,6 +424,8 @@ class ControlPlane:
         settle_seconds: float | None = None,
         include: Sequence[str] = (),
         ignore: Sequence[str] = (),
+        name: str = "",
+        namespace: str = "",
     ) -> Row:
         return self._write(
             lambda ledger: sources.add_source(
@@ -422,6 +434,8 @@ class ControlPlane:
                 settle_seconds=settle_seconds,
                 include=include,
                 ignore=ignore,
+                name=name,
+                namespace=namespace,
                 now_us=self._now_us(),
             )
         )
@@ -432,6 +446,9 @@ class ControlPlane:
 
     def remove_source(self, path: str) -> None:
         self._write(lambda ledger: sources.remove_source(ledger, path))
+
+    def retire_source(self, name: str) -> bool:
+        return self._write(lambda ledger: sources.retire_source(ledger, name))
 
     def list_files(
         self, *, root_id: int | None = None, pattern: str | None = None, limit: int = 50
@@ -473,26 +490,27 @@ class ControlPlane:
             )
         )
 
-    def next_rescans(self) -> list[Row]:
-        taken = self._look(lambda _: self._loop.take_rescans())
+    def next_rescans(self, root_id: int | None = None) -> list[Row]:
+        taken = self._look(lambda _: self._loop.take_rescans(root_id))
         return [{"root_id": root_id, "rel_path": rel_path} for root_id, rel_path in taken]
 
     # -- wiring ---------------------------------------------------------------------------------
 
-    def deploy(self, bundle: bytes) -> Row:
+    def deploy(self, bundle: bytes, namespace: str = "") -> Row:
+        check_namespace(namespace)
         # Reading somebody's source takes its time; the ledger's thread is not the place for it.
         given, now_us = unpack(bundle), self._now_us()
         try:
             rules = self._trust()
             verdict = rules.policy.check(given, deployed_at_us=now_us)
-            release = architect.prepare(given, verdict)
+            release = architect.prepare(given, verdict, namespace)
             rules.require_source(given.source, f"{given.name}.py")
         except (UsageError, UntrustedError) as refusal:
             error = str(refusal)
             self._write(
                 lambda ledger: rejections.record(
                     ledger,
-                    plugin=given.name,
+                    plugin=scoped(namespace, given.name),
                     version=given.version,
                     source_code=given.source,
                     error=error,
@@ -537,6 +555,28 @@ class ControlPlane:
         self._staged_changed()
         return row
 
+    def retire_plugin(self, plugin: str) -> Row:
+        row = self._rewire(lambda ledger: releases.retire(ledger, plugin))
+        self._staged_changed()
+        return row
+
+    def plugin_counts(self) -> list[Row]:
+        with self._reader() as connection:
+            counted = workload(connection)
+        return self._look(lambda core: self._with_workers(core.broker, counted))
+
+    def _with_workers(self, broker: Broker, counted: list[Row]) -> list[Row]:
+        now = self._clock.now()
+        trials = {} if self._desk is None else {t["plugin_id"]: t for t in self._desk.rows(now)}
+        for row in counted:
+            plugin, artifact_hash = row["plugin_name"], row["artifact_hash"]
+            able = [w for w in broker.workers.values() if w.runs(plugin, artifact_hash)]
+            row["running"] = row.pop("under_way")
+            row["workers"] = len(able)
+            row["idle"] = sum(not worker.held for worker in able)
+            row["trial"] = trials[row["plugin_id"]]["state"] if row["plugin_id"] in trials else ""
+        return counted
+
     def pause_plugin(self, plugin: str, *, reason: str) -> None:
         self._require_plugin(plugin)
         told = reason or f"paused by {_actor.get() or 'an operator'}"
@@ -579,8 +619,14 @@ class ControlPlane:
         with self._reader() as connection:
             return wiring.list_rules(connection)
 
-    def add_rule(self, pattern: str, tag: str, *, priority: int = 50) -> int:
-        return self._write(lambda ledger: wiring.add_rule(ledger, pattern, tag, priority=priority))
+    def add_rule(
+        self, pattern: str, tag: str, *, priority: int = 50, namespace: str = ""
+    ) -> int:
+        return self._write(
+            lambda ledger: wiring.add_rule(
+                ledger, pattern, tag, priority=priority, namespace=namespace
+            )
+        )
 
     def remove_rule(self, rule_id: int) -> None:
         self._write(lambda ledger: wiring.remove_rule(ledger, checked_id(rule_id)))
@@ -590,6 +636,29 @@ class ControlPlane:
     def snapshot(self) -> str:
         folder = self._snapshot_folder()
         return str(self._write(lambda ledger: ledger.snapshot(folder)))
+
+    def snapshot_part(self, name: str, offset: int) -> bytes:
+        if offset < 0:
+            raise UsageError(f"{offset} is no offset")
+        path = self._snapshot_file(name)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(SNAPSHOT_PART_BYTES)
+        except FileNotFoundError:
+            if name.endswith(WAL_SUFFIX):
+                return b""  # a snapshot need not have one
+            raise NotFoundError(
+                f"there is no snapshot {name}", hint="Make one first; old ones are deleted."
+            ) from None
+
+    def remove_snapshot(self, name: str) -> None:
+        remove_snapshot(self._snapshot_file(name))
+
+    def _snapshot_file(self, name: str) -> Path:
+        if not SNAPSHOT_NAME.fullmatch(name) or self._database == IN_MEMORY:
+            raise NotFoundError(f"{name[:80]!r} is no snapshot of this ledger")
+        return snapshot_folder(self._database) / name
 
     def _snapshot_folder(self) -> Path:
         if self._database == IN_MEMORY:

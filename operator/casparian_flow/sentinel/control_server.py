@@ -1,9 +1,9 @@
 """The Sentinel's end of the control socket: who may ask, and who answers in which thread.
 
 One thread owns the ROUTER socket. Requests are carried out by a small pool, so that a long one
-(an export) holds up no short one; `ping` is answered at once. Over ipc the kernel says who is at
-the other end: only the Sentinel's own user and root are served, and every change is logged with
-its caller. TCP has no such proof and is bound only where it was configured.
+(an export) holds up no short one; what waits for nothing itself is begun at once. Over ipc the
+kernel says who is at the other end: only the Sentinel's own user and root are served, and every
+change is logged with its caller. TCP has no such proof and is bound only where it was configured.
 """
 
 import contextlib
@@ -46,6 +46,8 @@ PENDING_MAX = 256
 RECEIVE_MAX = 64
 """Requests read before finished ones are answered."""
 THREADS = 4
+PROMPT_BYTES_MAX = 65_536
+"""Arguments of an operation that is carried out in the socket's thread."""
 LAST_ANSWERS_S = 0.05
 IPC = "ipc://"
 
@@ -60,15 +62,20 @@ class ControlServer:
     Args:
         address: `ipc://path` or `tcp://host:port`.
         handle: carries one operation out; called in several threads.
+        prompt: operations for which it gives a future without waiting for anything; they need
+            no other thread, which spares them two changes of threads.
 
     Raises:
         ConflictError: somebody else answers at the address.
         ConfigError: the address cannot be bound.
     """
 
-    def __init__(self, address: str, handle: Handler) -> None:
+    def __init__(
+        self, address: str, handle: Handler, prompt: frozenset[str] = frozenset({"ping"})
+    ) -> None:
         self.address = address
         self._handle = handle
+        self._prompt = prompt
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
@@ -158,7 +165,7 @@ class ControlServer:
             self._send(identity, encode_error(number, error))
             return
         self._pending += 1
-        if request.op == "ping":
+        if request.op in self._prompt and len(memoryview(request.args)) <= PROMPT_BYTES_MAX:
             self._carry_out(identity, request, caller)
         else:
             self._pool.submit(self._carry_out, identity, request, caller)

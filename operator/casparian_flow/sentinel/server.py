@@ -40,7 +40,7 @@ from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel.api_runner import ApiRunner
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
 from casparian_flow.sentinel.control import remote
-from casparian_flow.sentinel.control_plane import ControlPlane
+from casparian_flow.sentinel.control_plane import PROMPT, ControlPlane
 from casparian_flow.sentinel.control_server import ControlServer
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.events import Drain, Send, Tick, WorkerMessage
@@ -299,7 +299,7 @@ class Sentinel:
         if not config.control_address and str(config.database) == IN_MEMORY:
             return
         address = control_address(config.database, config.control_address)
-        server = ControlServer(address, plane.carry_out)
+        server = ControlServer(address, plane.carry_out, PROMPT)
         stack.callback(server.close)
         self.control_address = server.address
 
