@@ -77,9 +77,10 @@ soak: setup
 format: setup
 	@$(BIN)/ruff check --fix --quiet; $(BIN)/ruff format
 
-# Write the tables of docs/configuration.md and docs/cli.md anew.
+# Write the tables of docs/configuration.md and docs/cli.md, and crds/, anew.
 docs: setup
 	@$(BIN)/python tools/reference.py
+	@$(BIN)/python tools/crds.py
 
 # Show the whole flow on real files; leaves its results in ./demo.
 demo: setup

@@ -321,7 +321,7 @@ class PluginSpec(Part):
             50,
             (
                 (
-                    "self.matches('^[0-9]+([.][0-9]+)*((a|b|rc)[0-9]+)?([.]post[0-9]+)?"
+                    "self.matches('^([0-9]+!)?[0-9]+([.][0-9]+)*((a|b|rc)[0-9]+)?([.]post[0-9]+)?"
                     "([.]dev[0-9]+)?([+][a-z0-9]+([.][a-z0-9]+)*)?$')"
                 ),
                 (
@@ -338,8 +338,8 @@ class PluginSpec(Part):
     sinks: Annotated[
         list[Sink], Field(max_length=LIST_MAX, json_schema_extra=keyed("topic", "uri"))
     ] = Field(default_factory=list)
-    """Where rows go, by topic. A topic that is listed here leaves what the plugin's MANIFEST says
-    of it; a topic that neither lists goes to `parquet://TOPIC`."""
+    """Where rows go, by topic. What the plugin's MANIFEST says of a topic that is listed here does
+    not count; a topic that neither lists goes to `parquet://TOPIC`."""
     source_roots: Annotated[list[LabelName], Field(max_length=32, json_schema_extra=SET)] = Field(
         default_factory=list
     )
@@ -351,7 +351,7 @@ class PluginSpec(Part):
     """What rows must look like, by topic, instead of what the MANIFEST says of that topic."""
     quarantine: Quarantine | None = None
     """How many rows that break a contract are let off, in every topic."""
-    workers: Workers = Field(default_factory=Workers)
+    workers: Workers = Field(default_factory=Workers, json_schema_extra={"default": {}})
     """How many pods run the plugin, where, and with what."""
     suspend: bool = False
     """Stops handing out jobs of this plugin, and takes its idle workers away. Jobs still queue."""
