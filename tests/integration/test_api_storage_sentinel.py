@@ -8,11 +8,15 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
+from acceptance_kit import free_port
+from worker_process import wait_until
 
 from casparian_flow.db.api_storage import WAITERS_MAX, ApiStorage
 from casparian_flow.db.ledger import Ledger
@@ -21,6 +25,7 @@ from casparian_flow.domain.errors import (
     ConflictError,
     NotFoundError,
     NotPermittedError,
+    SentinelUnreachableError,
     UsageError,
 )
 from casparian_flow.protocol import (
@@ -36,8 +41,9 @@ from casparian_flow.sentinel import Sentinel, SentinelConfig
 from casparian_flow.sentinel.api import ApiClient
 from casparian_flow.sentinel.api_calls import carry_out
 from casparian_flow.sentinel.caller import Caller
-from casparian_flow.sentinel.control import connect
+from casparian_flow.sentinel.control import ControlClient, connect, remote
 from casparian_flow.sentinel.housekeeping import Retention
+from casparian_flow.sentinel.paths import control_address
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 RUN = ApprovalOperation.Run(plugin_name="p", input_dir="/in", file_count=3)
@@ -290,6 +296,107 @@ def test_event_ids_have_no_gaps_across_kills(database: Path) -> None:
             assert set(told) <= set(there)
             assert len(set(told)) == len(told)
             assert api.insert_event(job_id, EventType.JobStarted()) == len(there) + 1
+    with Ledger.open(database, clock=SystemClock()) as ledger:
+        assert ledger.check() == []
+
+
+@contextmanager
+def sentinel_process(database: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`casparian sentinel` as a process of its own, once it answers."""
+    config = database.with_name("global_config.toml")
+    config.write_text(
+        f'[database]\ndb_location = "{database}"\n'
+        f'[sentinel]\nbind_address = "tcp://127.0.0.1:{free_port()}"\n'
+        '[logging]\nlevel = "WARNING"\n'
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "casparian_flow.cli", "--config", str(config), "sentinel"]
+    )
+    try:
+        with remote(control_address(database)) as control:
+            wait_until(lambda: process.poll() is not None or answers(control), 3 * PATIENCE_S)
+        assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(control: ControlClient) -> bool:
+    try:
+        return bool(control.ping())
+    except SentinelUnreachableError:
+        return False
+
+
+class Callers:
+    """Threads that use the API over one control socket until nobody answers; `acknowledged` is
+    what they were told has been done."""
+
+    def __init__(self, api: ApiClient) -> None:
+        self.api = api
+        self.jobs = [new_job(api) for _ in range(3)]
+        self.events: dict[int, list[int]] = {job_id: [] for job_id in self.jobs}
+        self.approved: list[str] = []
+        self.finished: list[int] = []
+        turns = [*[partial(self._insert, job_id) for job_id in self.jobs * 2], self._decide]
+        self.threads = [threading.Thread(target=self._repeat, args=(turn,)) for turn in turns]
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def acknowledged(self) -> int:
+        return sum(map(len, self.events.values())) + len(self.approved) + len(self.finished)
+
+    def _repeat(self, turn: Callable[[], None]) -> None:
+        with suppress(SentinelUnreachableError):
+            while True:
+                turn()
+
+    def _insert(self, job_id: int) -> None:
+        self.events[job_id].append(self.api.insert_event(job_id, EventType.Phase("x")))
+
+    def _decide(self) -> None:
+        approval_id = self.api.generate_approval_id()
+        self.api.create_approval(approval_id, RUN, "Run p", timedelta(hours=1))
+        assert self.api.approve(approval_id)
+        self.approved.append(approval_id)
+        job_id = self.api.start_approved(approval_id)
+        assert job_id is not None
+        assert self.api.cancel_job(job_id)
+        self.finished.append(job_id)
+
+
+def test_what_a_sentinel_acknowledged_is_there_after_it_was_killed(database: Path) -> None:
+    rounds: list[Callers] = []
+    for enough in (60, 100):
+        with sentinel_process(database) as process, connect(database) as control:
+            callers = Callers(control.api)
+            wait_until(lambda c=callers, n=enough: c.acknowledged >= n, 3 * PATIENCE_S)
+            process.send_signal(signal.SIGKILL)
+            for thread in callers.threads:
+                thread.join(PATIENCE_S)
+                assert not thread.is_alive()
+            rounds.append(callers)
+    with ApiStorage.open(f"duckdb:{database}") as api:
+        for callers in rounds:
+            for job_id, told in callers.events.items():
+                there = [event.event_id for event in api.list_events(job_id)]
+                assert there == list(range(1, len(there) + 1))
+                assert set(told) <= set(there)
+                assert len(set(told)) == len(told)
+            for approval_id in callers.approved:
+                approval = api.get_approval(approval_id)
+                assert approval is not None
+                assert approval.status is ApprovalStatus.APPROVED
+                api.start_approved(approval_id)
+            for job_id in callers.finished:
+                job = api.get_job(job_id)
+                assert job is not None
+                assert job.status is HttpJobStatus.CANCELLED
+                assert [event.event_type for event in api.list_events(job_id)] == ["job_finished"]
+        started = [job.approval_id for job in api.list_jobs() if job.approval_id]
+        assert len(set(started)) == len(started) >= sum(len(c.approved) for c in rounds)
     with Ledger.open(database, clock=SystemClock()) as ledger:
         assert ledger.check() == []
 
