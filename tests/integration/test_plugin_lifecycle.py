@@ -69,7 +69,7 @@ class Life:
         return [row["pattern"] for row in rows]
 
     def takers(self, path: str) -> list[tuple[str, int]]:
-        rules = load_rule_set(self.ledger.reader())
+        rules = load_rule_set(self.ledger.reader(), "")
         return [(m.plugin, m.manifest_id) for m in rules.takers(rules.tags(path))]
 
 

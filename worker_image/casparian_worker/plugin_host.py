@@ -33,6 +33,7 @@ from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import require
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.outputs import TOPIC_PATTERN
+from casparian_flow.domain.scoped_names import plain
 from casparian_flow.protocol.messages import Plugin
 from casparian_worker.arrow_ipc import HostileBatchError, decode
 from casparian_worker.bridge import (
@@ -590,7 +591,7 @@ def _hello(plugin: Plugin) -> bytes:
         Kind.HELLO,
         0,
         {
-            "plugin_name": plugin.plugin_name,
+            "plugin_name": plain(plugin.plugin_name),
             "plugin_version": plugin.plugin_version,
             "source_code": plugin.source_code,
             "parameters": _parameters(plugin.parameters_json),

@@ -5,6 +5,7 @@ It is asked at each start of a process, over the very text that the process is t
 
 from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.failures import Reason
+from casparian_flow.domain.scoped_names import plain
 from casparian_flow.protocol.messages import Plugin
 from casparian_flow.trust.bundle import Bundle
 from casparian_flow.trust.rules import TrustSource
@@ -16,7 +17,8 @@ def require_trusted(trust: TrustSource, plugin: Plugin) -> None:
     LaunchError: these rules do not let the plugin run; the message names what does not match.
     """
     bundle = Bundle(
-        name=plugin.plugin_name,
+        # Its namespace is of who deployed it, not of who signed it.
+        name=plain(plugin.plugin_name),
         version=plugin.plugin_version,
         source=plugin.source_code,
         lockfile=plugin.lockfile,

@@ -101,6 +101,7 @@ class _Connector:
             try:
                 ledger_id = opening.prepare(opened.connection, self._path, SystemClock())
                 check_mark(self._path, ledger_id, opening.read_tail(opened.connection).seq)
+                opening.bring_up(opened.connection, self._path)
             except BaseException:
                 opened.abandon(put_back=True)
                 raise

@@ -41,6 +41,7 @@ from casparian_flow.domain.jobs import TERMINAL, JobStatus
 from casparian_flow.domain.outputs import ANY_TOPIC, SinkMode, SinkSpec, parse_sink_uri, sinks_for
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.domain.records import Job, PluginSpec
+from casparian_flow.domain.scoped_names import namespace_of
 from casparian_flow.domain.wording import counted
 from casparian_flow.protocol.http_types import (
     COUNT_MAX,
@@ -195,12 +196,14 @@ def _folder(input_dir: str) -> str:
 
 
 def _files(connection: Connection, plugin: str, folder: str, spec: JobSpec) -> list[RunFile]:
+    namespace = namespace_of(plugin)
     known = connection.execute(
         """
         SELECT count(*) FROM cf_source_root
-        WHERE active = 1 AND (starts_with($1, rtrim(path, '/') || '/') OR starts_with(path, $1))
+        WHERE active = 1 AND namespace = $2
+          AND (starts_with($1, rtrim(path, '/') || '/') OR starts_with(path, $1))
         """,
-        [folder],
+        [folder, namespace],
     ).fetchone()
     if not known or not known[0]:
         raise UsageError(
@@ -214,10 +217,11 @@ def _files(connection: Connection, plugin: str, folder: str, spec: JobSpec) -> l
         FROM cf_source_root r
         JOIN cf_file_location l ON l.source_root_id = r.id AND l.deleted_at IS NULL
         JOIN cf_file_version v ON v.id = l.current_version_id
-        WHERE r.active = 1 AND starts_with(rtrim(r.path, '/') || '/' || l.rel_path, $1)
+        WHERE r.active = 1 AND r.namespace = $2
+          AND starts_with(rtrim(r.path, '/') || '/' || l.rel_path, $1)
         ORDER BY path
         """,
-        [folder],
+        [folder, namespace],
     ).fetchall()
     files = [
         RunFile(version_id, path, digest)
@@ -256,7 +260,8 @@ def _chosen(
         return [by_path[path] for path in paths]
     if not _is_routed(connection, plugin):
         return found
-    rules, manual = load_rule_set(connection), manual_tags(connection)
+    rules = load_rule_set(connection, namespace_of(plugin))
+    manual = manual_tags(connection)
     return [
         row
         for row in found
@@ -273,9 +278,16 @@ def _is_routed(connection: Connection, plugin: str) -> bool:
         "SELECT subscription_tags FROM cf_plugin_config WHERE plugin_name = $1", [plugin]
     ).fetchone()
     given = connection.execute(
-        "SELECT count(*) FROM (SELECT tag FROM cf_routing_rule UNION SELECT tag FROM cf_file_tag) "
-        "WHERE tag IN (SELECT unnest($1::VARCHAR[]))",
-        [sorted(parse_tags(row[0])) if row else []],
+        """
+        SELECT count(*) FROM (
+            SELECT tag FROM cf_routing_rule WHERE namespace = $2
+            UNION
+            SELECT t.tag FROM cf_file_tag t
+            JOIN cf_file_location l ON l.id = t.file_id
+            JOIN cf_source_root r ON r.id = l.source_root_id AND r.namespace = $2
+        ) WHERE tag IN (SELECT unnest($1::VARCHAR[]))
+        """,
+        [sorted(parse_tags(row[0])) if row else [], namespace_of(plugin)],
     ).fetchone()
     return bool(given and given[0])
 

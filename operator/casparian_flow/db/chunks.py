@@ -17,9 +17,9 @@ from casparian_flow.db.fanout import (
     Wanted,
     enqueue,
     existing_jobs,
-    load_rule_set,
     manual_tags,
     merged_tags,
+    rules_of_root,
 )
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.errors import UsageError
@@ -378,7 +378,7 @@ class _Writer:
             )
 
     def _add_versions(self, fresh: Sequence[tuple[FileFinding, int, int, int]]) -> None:
-        rules = load_rule_set(self.connection)
+        rules = rules_of_root(self.connection, self.root_id)
         manual = manual_tags(self.connection, [place for _, place, _, seq in fresh if seq > 1])
         rows = []
         for finding, location_id, version_id, seq in fresh:
@@ -407,7 +407,7 @@ class _Writer:
         """A moved file is done again only by plugins that have not had this version."""
         if not moved:
             return
-        rules = load_rule_set(self.connection)
+        rules = rules_of_root(self.connection, self.root_id)
         manual = manual_tags(self.connection, [place.location_id for _, place in moved])
         done = {
             (version, plugin)

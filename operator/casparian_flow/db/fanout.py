@@ -12,6 +12,7 @@ from casparian_flow.db.shapes import QUEUE
 from casparian_flow.domain.ids import JobId, ManifestId
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.records import Job
+from casparian_flow.domain.scoped_names import SEPARATOR
 from casparian_flow.services.routing import (
     MANUAL_PRIORITY,
     Match,
@@ -23,6 +24,10 @@ from casparian_flow.services.routing import (
 )
 
 QUEUE_TABLE = "cf_processing_queue"
+_NAMESPACE_OF_PLUGIN = (
+    f"CASE WHEN contains(c.plugin_name, '{SEPARATOR}') "
+    f"THEN split_part(c.plugin_name, '{SEPARATOR}', 1) ELSE '' END"
+)
 
 
 class Wanted(NamedTuple):
@@ -38,30 +43,45 @@ class Wanted(NamedTuple):
     rehearsal: int | None = None
 
 
-def load_rule_set(connection: duckdb.DuckDBPyConnection) -> RuleSet:
-    """The routing rules and subscriptions as they are now, compiled.
+def load_rule_set(connection: duckdb.DuckDBPyConnection, namespace: str) -> RuleSet:
+    """The routing rules and subscriptions of one namespace as they are now, compiled.
 
     A plugin whose first version is still to be tried has subscriptions: its jobs wait.
 
     The rows are read every time, since anybody may have changed them, and compiled once.
+
+    Args:
+        namespace: that of the source root whose files are routed.
     """
     rules = connection.execute(
-        "SELECT pattern, tag, priority FROM cf_routing_rule ORDER BY priority DESC, id"
+        "SELECT pattern, tag, priority FROM cf_routing_rule WHERE namespace = $1 "
+        "ORDER BY priority DESC, id",
+        [namespace],
     ).fetchall()
     subscribers = connection.execute(
-        """
+        f"""
         SELECT c.plugin_name, coalesce(max(m.id) FILTER (m.status = 'ACTIVE'), min(m.id)),
                c.subscription_tags
         FROM cf_plugin_config c
         JOIN cf_plugin_manifest m
             ON m.plugin_name = c.plugin_name AND m.status IN ('ACTIVE', 'STAGING')
+        WHERE {_NAMESPACE_OF_PLUGIN} = $1
         GROUP BY c.plugin_name, c.subscription_tags ORDER BY c.plugin_name
-        """
+        """,
+        [namespace],
     ).fetchall()
     return _compiled(tuple(rules), tuple(subscribers))
 
 
-@lru_cache(maxsize=8)
+def rules_of_root(connection: duckdb.DuckDBPyConnection, root_id: int) -> RuleSet:
+    """The rules by which the files of a source root are routed."""
+    row = connection.execute(
+        "SELECT namespace FROM cf_source_root WHERE id = $1", [root_id]
+    ).fetchone()
+    return load_rule_set(connection, row[0] if row else "")
+
+
+@lru_cache(maxsize=64)
 def _compiled(
     rules: tuple[tuple[str, str, int], ...], subscribers: tuple[tuple[str, int, str], ...]
 ) -> RuleSet:

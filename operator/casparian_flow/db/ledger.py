@@ -115,6 +115,8 @@ class Ledger:
         epoch: number of the last `begin_epoch`.
         path: the file, None in memory.
         must_reopen: after a failure whose outcome is unknown; call `reopen`.
+        epoch_floor: epochs that begin are above this one as well; its owner sets it to the highest
+            that it knows of from elsewhere.
         limits: what a plugin run may use, for `plugin_specs`; the owner may set others.
         screen: says of a plugin version why it may not run, "" if it may, None if it does not
             judge; the owner sets it.
@@ -134,6 +136,7 @@ class Ledger:
         self.epoch = 0
         self.must_reopen = False
         self.limits = Limits()
+        self.epoch_floor = 0
         self.screen: Callable[[PluginSpec], str | None] = _not_judged
         self._clock = clock
         self._create = create
@@ -197,6 +200,7 @@ class Ledger:
             self._settings()
             self._identify()
             check_mark(self.path, self.ledger_id, self._seq)
+            opening.bring_up(self._connection, self.path)
             self._highwater = HighWater(sidecar_path(self.path), self.ledger_id)
             sound = True
             self._require_mark()
@@ -378,12 +382,11 @@ class Ledger:
         Raises:
             LedgerUnavailableError: nothing is changed.
         """
+        epoch = max(self.epoch, self.epoch_floor) + 1
         with self.transaction() as connection:
-            connection.execute(
-                "UPDATE cf_meta SET value = $1 WHERE key = 'epoch'", [str(self.epoch + 1)]
-            )
-        self.epoch += 1
-        return self.epoch
+            connection.execute("UPDATE cf_meta SET value = $1 WHERE key = 'epoch'", [str(epoch)])
+        self.epoch = epoch
+        return epoch
 
     def load(self, page: int, limits: Limits | None = None) -> LedgerState:
         """Everything that the broker is rebuilt from; QUEUED jobs only up to `page`."""

@@ -84,6 +84,10 @@ class SourceRoot(Base):
     st_dev: Mapped[int | None]
     """Device of the folder when it was last seen; another one means it is not mounted."""
     created_at: Mapped[datetime | None] = mapped_column(default=_utc_now)
+    namespace: Mapped[str] = mapped_column(default="")
+    """Only rules and plugins of the same namespace see its files; "" without namespaces."""
+    name: Mapped[str] = mapped_column(default="")
+    """Within the namespace; "" for a root known by its path alone."""
 
     locations: Mapped[list["FileLocation"]] = relationship(
         primaryjoin="SourceRoot.id == foreign(FileLocation.source_root_id)",
@@ -198,6 +202,8 @@ class RoutingRule(Base):
     origin: Mapped[str] = mapped_column(default=Origin.USER)
     plugin_name: Mapped[str | None]
     """For rules made by a deploy: of which plugin."""
+    namespace: Mapped[str] = mapped_column(default="")
+    """Of the source roots whose files it may match."""
 
 
 class PluginConfig(Base):

@@ -11,13 +11,14 @@ from typing import Final
 
 import duckdb
 
-from casparian_flow.db import schema
+from casparian_flow.db import migrations, schema
 from casparian_flow.db.engine_errors import open_error
 from casparian_flow.db.highwater import newest_mark, sidecar_path
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import (
     LedgerCorruptError,
     LedgerError,
+    LedgerUnavailableError,
     NotFoundError,
     SchemaMismatchError,
 )
@@ -175,6 +176,8 @@ def _end_of_data(wal: Path, block: int = 1 << 20) -> int:
 def prepare(connection: duckdb.DuckDBPyConnection, path: Path | None, clock: Clock) -> str:
     """Make the tables in an empty database, or check those that are there.
 
+    Those of an earlier version are left as they are: `bring_up` is for once all else is checked.
+
     Returns:
         The ledger id.
 
@@ -197,7 +200,9 @@ def prepare(connection: duckdb.DuckDBPyConnection, path: Path | None, clock: Clo
         )
     meta = dict(connection.execute("SELECT key, value FROM cf_meta").fetchall())
     missing = sorted(set(schema.TABLES) - tables) if tables else []
-    if meta.get("schema_fingerprint") != schema.fingerprint() or missing:
+    fingerprint = meta.get("schema_fingerprint", "")
+    current = fingerprint == schema.fingerprint() and not missing
+    if not current and not migrations.steps_from(fingerprint):
         what = f"lacks {', '.join(missing)}" if missing else "was made by another version"
         raise SchemaMismatchError(
             f"ledger {path} {what}; it was left untouched",
@@ -210,6 +215,24 @@ def prepare(connection: duckdb.DuckDBPyConnection, path: Path | None, clock: Clo
             f"ledger {path} has no ledger id", hint="Restore it from a backup."
         )
     return str(ledger_id)
+
+
+def bring_up(connection: duckdb.DuckDBPyConnection, path: Path | None) -> None:
+    """Bring the tables of an earlier version to this one's, with all that they hold.
+
+    Raises:
+        LedgerUnavailableError: it could not be done, and nothing is changed.
+    """
+    row = connection.execute(
+        "SELECT value FROM cf_meta WHERE key = 'schema_fingerprint'"
+    ).fetchone()
+    try:
+        migrations.migrate(connection, str(row[0]) if row else "")
+    except duckdb.Error as error:
+        raise LedgerUnavailableError(
+            f"ledger {path}: its tables could not be brought to this version: {error}",
+            hint="Nothing was changed. Look whether its disk is full, then start again.",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
     record_release    a checked version becomes STAGING (without trials: ACTIVE at once)
     conclude_trial    STAGING becomes ACTIVE, and the version before it SUPERSEDED; or REJECTED
     rollback          a SUPERSEDED version becomes ACTIVE again
+    retire            the plugin has no active and no staged version any more, and no wiring
 
 Each is one transaction that changes the version's status and the wiring together. A plugin's
 wiring is that of its active version. While it has none, it is that of the first staged one, so
@@ -24,15 +25,17 @@ from casparian_flow.db.wiring import (
     declared_of,
     described,
     encoded,
+    unwire,
     wire,
 )
 from casparian_flow.domain.errors import ConflictError, NotFoundError, require
 from casparian_flow.domain.ids import ManifestId
 from casparian_flow.domain.outputs import parameters_hash
 from casparian_flow.domain.records import PluginSpec, Sample, StagedVersion
+from casparian_flow.domain.scoped_names import plain
 from casparian_flow.domain.wiring import PluginStatus, check_step
 from casparian_flow.sentinel.api import Row
-from casparian_flow.services.manifest import plugin_name, plugin_version
+from casparian_flow.services.manifest import plugin_version, scoped_plugin_name
 from casparian_flow.trust.bundle import Bundle
 
 Connection = duckdb.DuckDBPyConnection
@@ -330,7 +333,7 @@ def rollback(ledger: Ledger, plugin: str, version: str, *, now_us: int) -> Row:
         ConflictError: the version has not passed its trial.
         LedgerUnavailableError: nothing is changed.
     """
-    name, number = plugin_name(plugin), plugin_version(version)
+    name, number = scoped_plugin_name(plugin), plugin_version(version)
     with ledger.transaction() as connection:
         target = _by_name(connection, name, number)
         if target.status not in (PluginStatus.SUPERSEDED, PluginStatus.ACTIVE):
@@ -358,6 +361,36 @@ def _and_withdrawn(versions: list[str]) -> str:
     return f"; withdrawn before its trial ended: {', '.join(versions)}" if versions else ""
 
 
+# -- retirement -------------------------------------------------------------------------------
+
+
+def retire(ledger: Ledger, plugin: str) -> Row:
+    """Take a plugin out of service: it gets no job any more until it is deployed anew.
+
+    Its history stays, and so do its queued jobs, which wait. What people changed of its wiring goes
+    with the rest of it: a later deploy or rollback begins from what the version declares.
+
+    Returns:
+        {plugin, superseded, withdrawn}; both empty if there was nothing to retire.
+
+    Raises:
+        LedgerUnavailableError: nothing is changed.
+    """
+    name = scoped_plugin_name(plugin)
+    with ledger.transaction() as connection:
+        before = wired(connection, name)
+        withdrawn = _withdraw_staged(connection, name, "the plugin was retired")
+        active = before if before is not None and before.status is PluginStatus.ACTIVE else None
+        if active is not None:
+            _move(connection, active, PluginStatus.SUPERSEDED)
+        unwire(connection, name)
+    return {
+        "plugin": name,
+        "superseded": active.version if active is not None else "",
+        "withdrawn": withdrawn,
+    }
+
+
 # -- versions ---------------------------------------------------------------------------------
 
 _COLUMNS = "id, plugin_name, version, status, wiring_json"
@@ -368,11 +401,12 @@ def _version(row: tuple[int, str, str, str, str | None]) -> Version:
 
 
 def wired(connection: Connection, plugin: str) -> Version | None:
-    """The version whose declaration the plugin's wiring follows now."""
+    """The version whose declaration the plugin's wiring follows now; None if it has no wiring."""
     row = connection.execute(
         f"""
         SELECT {_COLUMNS} FROM {_MANIFEST}
         WHERE plugin_name = $1 AND status IN ('ACTIVE', 'STAGING', 'SUPERSEDED')
+          AND plugin_name IN (SELECT plugin_name FROM cf_plugin_config)
         ORDER BY CASE status WHEN 'ACTIVE' THEN 0 WHEN 'STAGING' THEN 1 ELSE 2 END,
                  CASE status WHEN 'STAGING' THEN id ELSE -id END
         LIMIT 1
@@ -442,7 +476,7 @@ def bundle_of(connection: Connection, plugin: str, number: str = "") -> tuple[Bu
     name, stored, source, lockfile, manifest_json, digest, envelope, samples, deployed_at = row
     return (
         Bundle(
-            name,
+            plain(name),
             stored,
             source,
             lockfile,

@@ -15,6 +15,7 @@ from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageErro
 from casparian_flow.domain.ids import JobId, ManifestId, Token
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
 from casparian_flow.domain.records import Job, NewJob
+from casparian_flow.domain.scoped_names import namespace_of
 from casparian_flow.services.routing import MANUAL_PRIORITY, Match
 
 REPLAY_MAX = 10_000
@@ -34,9 +35,11 @@ def submit(
 
     Raises:
         NotFoundError: no such version, or no active version of the plugin.
+        UsageError: the file is another namespace's.
         ConflictError: a job for it is under way, or has completed, without `force`.
     """
     file = _file(ledger, version_id)
+    _require_one_namespace(ledger, file, plugin)
     manifest_id = _active_manifest(ledger, plugin)
     earlier = _jobs_of(ledger, version_id, plugin)
     for row in earlier:
@@ -136,6 +139,17 @@ def _file(ledger: Ledger, version_id: int) -> FileFacts:
             f"no file version {version_id}", hint="'casparian versions PATH' lists them."
         )
     return file
+
+
+def _require_one_namespace(ledger: Ledger, file: FileFacts, plugin: str) -> None:
+    (row,) = ledger.query(
+        "SELECT namespace FROM cf_source_root WHERE id = $1", [file.root_id], folded=False
+    )
+    if row["namespace"] != namespace_of(plugin):
+        raise UsageError(
+            f"file version {file.version_id} is none for plugin {plugin}: their namespaces differ",
+            hint="A plugin reads the source roots of its own namespace only.",
+        )
 
 
 def _active_manifest(ledger: Ledger, plugin: str) -> ManifestId:

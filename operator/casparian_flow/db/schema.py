@@ -6,6 +6,8 @@ db/models.py, integrity in db/check.py. All constraints stand in CREATE TABLE be
 ALTER TABLE cannot add them. The queue has no secondary index: it would make every fold dearer,
 and the ready queue lives in the broker.
 
+A changed table needs a step in db/migrations.py, by which ledgers that exist follow.
+
 Times are naive TIMESTAMP in UTC; columns ending in `_us` or `_ns` are integers since the epoch.
 """
 
@@ -32,7 +34,9 @@ TABLES: dict[str, str] = {
         settle_seconds DOUBLE,
         include_patterns VARCHAR NOT NULL DEFAULT '[]',
         st_dev BIGINT,
-        created_at TIMESTAMP
+        created_at TIMESTAMP,
+        namespace VARCHAR NOT NULL DEFAULT '',
+        name VARCHAR NOT NULL DEFAULT ''
     """,
     "cf_file_location": """
         id BIGINT PRIMARY KEY,
@@ -92,7 +96,8 @@ TABLES: dict[str, str] = {
         tag VARCHAR NOT NULL,
         priority INTEGER NOT NULL DEFAULT 0,
         origin VARCHAR NOT NULL DEFAULT 'user' {_one_of("origin", Origin)},
-        plugin_name VARCHAR
+        plugin_name VARCHAR,
+        namespace VARCHAR NOT NULL DEFAULT ''
     """,
     "cf_plugin_config": """
         plugin_name VARCHAR PRIMARY KEY,

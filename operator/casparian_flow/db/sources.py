@@ -14,6 +14,7 @@ from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.queries import rows as select
 from casparian_flow.domain.errors import ConflictError, NotFoundError, UsageError
 from casparian_flow.domain.paths import text_to_path
+from casparian_flow.domain.scoped_names import check_namespace, check_root_name, scoped, split
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.patterns import compile_pattern
 
@@ -31,6 +32,8 @@ def add_source(
     settle_seconds: float | None = None,
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    name: str = "",
+    namespace: str = "",
     now_us: int,
 ) -> Row:
     """Record a source root, or take a removed one up again.
@@ -40,32 +43,43 @@ def add_source(
     Args:
         path: absolute, as text (domain/paths.py).
         ignore: replaces the root's own ignore patterns.
+        name: within the namespace; "" leaves it as it is.
+        namespace: whose plugins see its files. A folder that was one namespace's is never
+            another's, for its files and their history are the first one's.
 
     Returns:
-        {id, path, settle_seconds, include, ignore, added, overlaps}.
+        {id, path, settle_seconds, include, ignore, added, overlaps, name, namespace}; the name is
+        the scoped one.
 
     Raises:
-        UsageError: the path is not absolute, or a pattern or the settle time is not usable.
+        UsageError: the path is not absolute, or a pattern, the settle time or a name is not usable.
+        ConflictError: the folder is another namespace's or has another name, or the name stands
+            for another folder.
     """
     path = _normal(path)
+    _check_names(name, namespace)
     _check_settings(settle_seconds, include, ignore)
     settings = [settle_seconds, msgspec.json.encode(list(include)).decode()]
     with ledger.transaction() as connection:
-        found = select(connection, f"SELECT id FROM {_ROOT} WHERE path = $1", [path])
+        found = select(
+            connection, f"SELECT id, active, namespace, name FROM {_ROOT} WHERE path = $1", [path]
+        )
+        _require_free(connection, path, found[0] if found else None, name, namespace)
         if found:
             root_id = int(found[0]["id"])
+            name = name or found[0]["name"]
             connection.execute(
                 f"UPDATE {_ROOT} SET active = 1, settle_seconds = $2, include_patterns = $3, "
-                "st_dev = NULL WHERE id = $1",
-                [root_id, *settings],
+                "st_dev = NULL, name = $4 WHERE id = $1",
+                [root_id, *settings, name],
             )
             connection.execute(f"DELETE FROM {_IGNORE} WHERE source_root_id = $1", [root_id])
         else:
             root_id = ledger.next_id(_ROOT)
             connection.execute(
-                f"INSERT INTO {_ROOT} (id, path, settle_seconds, include_patterns, created_at) "
-                "VALUES ($1, $2, $3, $4, make_timestamp($5))",
-                [root_id, path, *settings, now_us],
+                f"INSERT INTO {_ROOT} (id, path, settle_seconds, include_patterns, created_at, "
+                "namespace, name) VALUES ($1, $2, $3, $4, make_timestamp($5), $6, $7)",
+                [root_id, path, *settings, now_us, namespace, name],
             )
         for rule_id, pattern in zip(ledger.next_ids(_IGNORE, len(ignore)), ignore, strict=True):
             connection.execute(
@@ -82,7 +96,37 @@ def add_source(
         "ignore": list(ignore),
         "added": not found,
         "overlaps": overlaps,
+        "name": scoped(namespace, name) if name else "",
+        "namespace": namespace,
     }
+
+
+def _require_free(
+    connection: Connection, path: str, found: Row | None, name: str, namespace: str
+) -> None:
+    """Whether a root may have this folder and this name."""
+    if found is not None and found["namespace"] != namespace:
+        owner = found["namespace"] or "no namespace"
+        raise ConflictError(
+            f"{path} is a source root of {owner} already",
+            hint="Each namespace has folders of its own.",
+        )
+    if found is not None and found["active"] and name and found["name"] not in ("", name):
+        raise ConflictError(
+            f"{path} is the source root {scoped(namespace, found['name'])} already",
+            hint="Retire that first, or use its name.",
+        )
+    taken = select(
+        connection,
+        f"SELECT path FROM {_ROOT} WHERE active = 1 AND name = $1 AND namespace = $2 "
+        "AND name <> '' AND path <> $3",
+        [name, namespace, path],
+    )
+    if taken:
+        raise ConflictError(
+            f"source root {scoped(namespace, name)} is the folder {taken[0]['path']}",
+            hint="Retire it first, or choose another name.",
+        )
 
 
 def list_sources(connection: Connection) -> list[Row]:
@@ -90,9 +134,10 @@ def list_sources(connection: Connection) -> list[Row]:
     rows = select(
         connection,
         f"""
-        SELECT r.id, r.path, r.type, r.active, r.settle_seconds, r.include_patterns,
-               r.created_at, coalesce(f.files, 0) AS files, s.finished_at AS last_scan,
-               s.complete AS last_scan_complete, s.report_json AS last_report
+        SELECT r.id, r.path, r.namespace, r.name, r.type, r.active, r.settle_seconds,
+               r.include_patterns, r.created_at, coalesce(f.files, 0) AS files,
+               s.finished_at AS last_scan, s.complete AS last_scan_complete,
+               s.report_json AS last_report
         FROM {_ROOT} r
         LEFT JOIN (SELECT source_root_id, count(*) AS files FROM cf_file_location
                    WHERE deleted_at IS NULL GROUP BY source_root_id) f ON f.source_root_id = r.id
@@ -111,6 +156,7 @@ def list_sources(connection: Connection) -> list[Row]:
         patterns.setdefault(rule["source_root_id"], []).append(rule["pattern"])
     for row in rows:
         row["active"] = bool(row["active"])
+        row["name"] = scoped(row["namespace"], row["name"]) if row["name"] else ""
         row["include"] = msgspec.json.decode(row.pop("include_patterns"), type=list[str])
         row["ignore"] = patterns.get(row["id"], [])
         report = row.pop("last_report")
@@ -137,6 +183,29 @@ def remove_source(ledger: Ledger, path: str) -> None:
             raise NotFoundError(
                 f"{root} is no active source root", hint="'casparian source list' shows them."
             )
+
+
+def retire_source(ledger: Ledger, name: str) -> bool:
+    """Deactivate the root of a scoped name, with its history kept; False if there is none."""
+    root = split(name)
+    if not root.name:
+        return False
+    with ledger.transaction() as connection:
+        count = connection.execute(
+            f"UPDATE {_ROOT} SET active = 0 WHERE namespace = $1 AND name = $2 AND active = 1",
+            [root.namespace, root.name],
+        ).fetchone()
+    return bool(count and count[0])
+
+
+def root_id_of(connection: Connection, name: str) -> int | None:
+    """The id of the active root with a scoped name; None if there is none."""
+    root = split(name)
+    row = connection.execute(
+        f"SELECT id FROM {_ROOT} WHERE namespace = $1 AND name = $2 AND name <> '' AND active = 1",
+        [root.namespace, root.name],
+    ).fetchone()
+    return None if row is None else int(row[0])
 
 
 def require_root(connection: Connection, root_id: int) -> Row:
@@ -266,6 +335,14 @@ def _normal(path: str) -> str:
             f"source root {path[:200]!r} is not an absolute path", hint="Give its full path."
         )
     return os.path.normpath("/" + path.lstrip("/"))
+
+
+def _check_names(name: str, namespace: str) -> None:
+    check_root_name(name)
+    if check_namespace(namespace) and not name:
+        raise UsageError(
+            f"a source root of namespace {namespace} wants a name", hint="Give one with it."
+        )
 
 
 def _check_settings(

@@ -32,9 +32,10 @@ from casparian_flow.domain.outputs import (
     parse_sink_uri,
 )
 from casparian_flow.domain.records import Job, Sample
+from casparian_flow.domain.scoped_names import check_namespace, namespace_of
 from casparian_flow.domain.wiring import Origin
 from casparian_flow.sentinel.api import Row
-from casparian_flow.services.manifest import PRIORITIES, check_topic, plugin_name
+from casparian_flow.services.manifest import PRIORITIES, check_topic, scoped_plugin_name
 from casparian_flow.services.routing import (
     MANUAL_PRIORITY,
     Match,
@@ -151,6 +152,13 @@ def wire(
     return kept
 
 
+def unwire(connection: Connection, plugin: str) -> None:
+    """Forget a plugin's wiring, within the open transaction; also what people changed of it."""
+    connection.execute(f"DELETE FROM {_RULE} WHERE plugin_name = $1", [plugin])
+    for table in (_TOPIC, "cf_plugin_config", "cf_plugin_subscription"):
+        connection.execute(f"DELETE FROM {table} WHERE plugin_name = $1", [plugin])
+
+
 class _Change(NamedTuple):
     plugin: str
     new: Declared
@@ -177,9 +185,16 @@ def _wire_rule(ledger: Ledger, connection: Connection, change: _Change) -> list[
         )
     if new.pattern:
         connection.execute(
-            f"INSERT INTO {_RULE} (id, pattern, tag, priority, origin, plugin_name) "
-            "VALUES ($1, $2, $3, $4, 'auto', $5)",
-            [ledger.next_id(_RULE), new.pattern, new.tag, new.priority, plugin],
+            f"INSERT INTO {_RULE} (id, pattern, tag, priority, origin, plugin_name, namespace) "
+            "VALUES ($1, $2, $3, $4, 'auto', $5, $6)",
+            [
+                ledger.next_id(_RULE),
+                new.pattern,
+                new.tag,
+                new.priority,
+                plugin,
+                namespace_of(plugin),
+            ],
         )
     return []
 
@@ -378,20 +393,27 @@ def set_topic(
         _set_quarantine(connection, plugin, topic, schema_json)
 
 
-def add_rule(ledger: Ledger, pattern: str, tag: str, *, priority: int = 50) -> int:
+def add_rule(
+    ledger: Ledger, pattern: str, tag: str, *, priority: int = 50, namespace: str = ""
+) -> int:
     """Add a routing rule; the same one again only changes its priority. Returns its id.
 
+    Args:
+        namespace: of the source roots whose files it matches.
+
     Raises:
-        UsageError: the pattern, tag or priority is not usable.
+        UsageError: the pattern, tag, priority or namespace is not usable.
     """
+    check_namespace(namespace)
     compile_route(pattern)
     check_tag(tag)
     if priority not in PRIORITIES:
         raise UsageError(f"priority wants {PRIORITIES.start} to {PRIORITIES.stop - 1}")
     with ledger.transaction() as connection:
         row = connection.execute(
-            f"SELECT id FROM {_RULE} WHERE pattern = $1 AND tag = $2 AND origin = 'user'",
-            [pattern, tag],
+            f"SELECT id FROM {_RULE} WHERE pattern = $1 AND tag = $2 AND origin = 'user' "
+            "AND namespace = $3",
+            [pattern, tag, namespace],
         ).fetchone()
         if row is not None:
             connection.execute(
@@ -400,8 +422,9 @@ def add_rule(ledger: Ledger, pattern: str, tag: str, *, priority: int = 50) -> i
             return int(row[0])
         rule_id = ledger.next_id(_RULE)
         connection.execute(
-            f"INSERT INTO {_RULE} (id, pattern, tag, priority) VALUES ($1, $2, $3, $4)",
-            [rule_id, pattern, tag, priority],
+            f"INSERT INTO {_RULE} (id, pattern, tag, priority, namespace) "
+            "VALUES ($1, $2, $3, $4, $5)",
+            [rule_id, pattern, tag, priority, namespace],
         )
     return rule_id
 
@@ -426,7 +449,7 @@ def _require_plugin(connection: Connection, plugin: str) -> tuple[int, str]:
         WHERE plugin_name = $1 AND status IN ('ACTIVE', 'STAGING')
         ORDER BY status, CASE status WHEN 'ACTIVE' THEN -id ELSE id END LIMIT 1
         """,
-        [plugin_name(plugin)],
+        [scoped_plugin_name(plugin)],
     ).fetchone()
     if row is None:
         raise NotFoundError(
@@ -477,7 +500,7 @@ def backfill(
 def _missing(
     connection: Connection, plugin: str, manifest_id: int, *, force: bool
 ) -> tuple[list[Wanted], list[str]]:
-    rules = load_rule_set(connection)
+    rules = load_rule_set(connection, namespace_of(plugin))
     manual = manual_tags(connection)
     wanted, gone = [], []
     for row in _versions_of(connection, plugin, manifest_id):
@@ -506,15 +529,15 @@ def _missing(
 def _versions_of(
     connection: Connection, plugin: str, manifest_id: int
 ) -> Sequence[tuple[int, int, str, int, bool, bool, int, int]]:
-    """Versions in active roots; jobs of this plugin version that were not skipped for lack of
-    bytes count, and so do queued ones of an earlier one, which will run with this."""
+    """Versions in active roots of its namespace; jobs of this plugin version that were not skipped
+    for lack of bytes count, and so do queued ones of an earlier one, which will run with this."""
     return connection.execute(
         """
         SELECT v.id, l.id, l.rel_path, v.seq, l.current_version_id = v.id,
                l.deleted_at IS NOT NULL, coalesce(j.jobs, 0), coalesce(j.generation, 0)
         FROM cf_file_version v
         JOIN cf_file_location l ON l.id = v.location_id
-        JOIN cf_source_root r ON r.id = l.source_root_id AND r.active = 1
+        JOIN cf_source_root r ON r.id = l.source_root_id AND r.active = 1 AND r.namespace = $3
         LEFT JOIN (
             SELECT file_version_id, count(*) FILTER (status <> 'SKIPPED') AS jobs,
                    max(generation) AS generation
@@ -525,5 +548,5 @@ def _versions_of(
         ) j ON j.file_version_id = v.id
         ORDER BY v.id
         """,
-        [plugin, manifest_id],
+        [plugin, manifest_id, namespace_of(plugin)],
     ).fetchall()

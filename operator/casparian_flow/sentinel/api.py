@@ -32,6 +32,7 @@ from casparian_flow.protocol.http_types import (
 )
 
 Row = dict[str, Any]
+SNAPSHOT_PART_BYTES = 8 * 1024 * 1024
 AWAIT_MAX_S = 20.0
 """Longest that one call waits, well below the patience of a client."""
 
@@ -159,12 +160,23 @@ class ControlApi(Protocol):
         settle_seconds: float | None = None,
         include: Sequence[str] = (),
         ignore: Sequence[str] = (),
-    ) -> Row: ...
+        name: str = "",
+        namespace: str = "",
+    ) -> Row:
+        """Record a source root, or take a removed one up again; the same one twice is one.
+
+        Args:
+            name, namespace: `namespace/name` names the root; only plugins and rules of its
+                namespace see its files.
+        """
 
     def list_sources(self) -> list[Row]: ...
 
     def remove_source(self, path: str) -> None:
         """Deactivate a source root; its history stays."""
+
+    def retire_source(self, name: str) -> bool:
+        """Deactivate the source root of a scoped name; False if none is active. Idempotent."""
 
     def list_files(
         self, *, root_id: int | None = None, pattern: str | None = None, limit: int = 50
@@ -191,14 +203,19 @@ class ControlApi(Protocol):
     ) -> None:
         """Mark deletions and record the report."""
 
-    def next_rescans(self) -> list[Row]:
-        """{root_id, rel_path} that a job found changed; each is handed out once."""
+    def next_rescans(self, root_id: int | None = None) -> list[Row]:
+        """{root_id, rel_path} that a job found changed, of one root or all; each is handed out
+        once."""
 
     # -- wiring
-    def deploy(self, bundle: bytes) -> Row:
+    def deploy(self, bundle: bytes, namespace: str = "") -> Row:
         """Check a plugin bundle's signature, hash, source and MANIFEST; record and wire it.
 
         A worker tries the version before it becomes active; `list_plugins` tells how it stands.
+
+        Args:
+            namespace: in which the plugin lives from then on: it is `namespace/name` everywhere,
+                while its author signed the plain name.
 
         Returns {plugin_id, status, message, unchanged, rule, topics, subscriptions, kept}.
         """
@@ -223,6 +240,26 @@ class ControlApi(Protocol):
         """Make an earlier version active again: {plugin, version, superseded, withdrawn, kept,
         message}."""
 
+    def retire_plugin(self, plugin: str) -> Row:
+        """Take a plugin out of service, with its wiring; history and queued jobs stay. Idempotent.
+
+        A later deploy brings it back; for a version that was active before, `rollback_plugin`.
+
+        Returns {plugin, superseded, withdrawn}: the version that was active, and the staged ones.
+        """
+
+    def plugin_counts(self) -> list[Row]:
+        """How much there is to do for each plugin version, for those who start workers.
+
+        One row for every version that is active, staged, or has jobs under way: {plugin_name,
+        version, plugin_id, artifact_hash, status, queued, running, failed, workers, idle, trial}.
+
+        `queued` are the jobs that wait for the plugin, told with the version that will run them
+        (the active one, else the first staged one). `running` are leased or publishing with this
+        version. `failed` are its dead letters that nobody replayed. `workers` could run it, `idle`
+        ones hold nothing. `trial` says how its trial stands, "" if it has none.
+        """
+
     def pause_plugin(self, plugin: str, *, reason: str) -> None: ...
 
     def resume_plugin(self, plugin: str) -> None: ...
@@ -244,7 +281,9 @@ class ControlApi(Protocol):
 
     def list_rules(self) -> list[Row]: ...
 
-    def add_rule(self, pattern: str, tag: str, *, priority: int = 50) -> int: ...
+    def add_rule(
+        self, pattern: str, tag: str, *, priority: int = 50, namespace: str = ""
+    ) -> int: ...
 
     def remove_rule(self, rule_id: int) -> None: ...
 
@@ -253,6 +292,17 @@ class ControlApi(Protocol):
     # -- reading
     def snapshot(self) -> str:
         """Path of a consistent copy of the ledger, made for this caller, who deletes it."""
+
+    def snapshot_part(self, name: str, offset: int) -> bytes:
+        """The next bytes, SNAPSHOT_PART_BYTES at most, of a file that `snapshot` made; empty at
+        its end.
+
+        Args:
+            name: the last part of the path that `snapshot` gave.
+        """
+
+    def remove_snapshot(self, name: str) -> None:
+        """Delete a snapshot that was read by `snapshot_part`. Idempotent."""
 
     def check(self) -> list[str]:
         """Broken rules between tables, one line each; empty when sound."""

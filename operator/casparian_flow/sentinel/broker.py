@@ -48,9 +48,9 @@ from casparian_flow.domain.records import (
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
 from casparian_flow.sentinel import events as e
-from casparian_flow.sentinel.leases import Lease, Observation, Worker
+from casparian_flow.sentinel.leases import Binding, Lease, Observation, Worker
 from casparian_flow.sentinel.manifest_check import manifest_problem
-from casparian_flow.sentinel.ready_queue import ReadyQueue
+from casparian_flow.sentinel.ready_queue import Lane, ReadyQueue
 
 MESSAGE_CHARS_MAX = 4000
 """Of an error message kept in the ledger."""
@@ -149,6 +149,7 @@ class Broker:
         self._out: list[e.Instruction] = []
         self._handlers: dict[type[Any], Callable[[Any, Now], None]] = {
             e.WorkerMessage: self._worker_message,
+            e.WorkerRevoked: self._worker_revoked,
             e.BadFrame: self._bad_frame,
             e.Tick: self._tick,
             e.JobsAdded: self._jobs_added,
@@ -163,7 +164,6 @@ class Broker:
             e.Drain: self._drain,
         }
         self._messages: dict[type[Any], Callable[[Identity, int, Any, Now], None]] = {
-            m.Identify: self._identify,
             m.Heartbeat: self._heartbeat,
             m.DispatchAck: self._dispatch_ack,
             m.Stage: self._stage,
@@ -257,8 +257,9 @@ class Broker:
             return
         chosen: list[Worker] = []
 
-        def offer(lane: Any) -> bool:
-            capable = [w for w in available.values() if w.runs(lane.plugin)]
+        def offer(lane: Lane) -> bool:
+            code = lane.spec.artifact_hash if lane.spec is not None else ""
+            capable = [w for w in available.values() if w.runs(lane.plugin, code)]
             if not capable:
                 return False
             chosen[:] = [min(capable, key=lambda w: w.load)]
@@ -353,7 +354,11 @@ class Broker:
             self.queue.push(job)
 
     def _recover(self, now: Now) -> None:
-        """Hand orphaned grants to workers that can reach the same output root."""
+        """Hand orphaned grants to workers that can reach the same output root.
+
+        A bound worker gets those of its plugin's other versions as well: their code has done its
+        part, and their own workers may be gone for good.
+        """
         if not self._orphans or now.mono < self._next_recover:
             return
         for job_id in sorted(self._orphans):
@@ -375,7 +380,10 @@ class Broker:
         able = [
             w
             for w in self.workers.values()
-            if not w.draining and roots <= {w.root_id} and len(w.held) < most
+            if not w.leaving
+            and w.publishes(job.plugin)
+            and roots <= {w.root_id}
+            and len(w.held) < most
         ]
         return min(able, key=lambda w: w.load) if able else None
 
@@ -383,16 +391,26 @@ class Broker:
 
     def _worker_message(self, event: e.WorkerMessage, now: Now) -> None:
         worker = self.workers.get(event.identity)
+        if worker is not None:
+            worker.last_seen = now.mono
+        if isinstance(event.message, m.Identify):
+            self._identify(event.identity, event.message, event.binding, now)
+            return
         handler = self._messages.get(type(event.message))
         if handler is None:
             self._refuse_message(event.identity, event.job_id, "not a message for the Sentinel")
             return
-        if worker is not None:
-            worker.last_seen = now.mono
-        elif not isinstance(event.message, m.Identify):
-            # What it says of a token still counts: it may hold a grant from before a restart.
+        if worker is None:
             self._send_now(event.identity, 0, m.Err("identify first", "unknown_worker"))
+            if event.binding is not None:
+                return
+            # What it says of a token still counts: it may hold a grant from before a restart.
         handler(event.identity, event.job_id, event.message, now)
+
+    def _worker_revoked(self, event: e.WorkerRevoked, _: Now) -> None:
+        worker = self.workers.get(event.identity)
+        if worker is not None:
+            worker.revoked = True
 
     def _bad_frame(self, event: e.BadFrame, _: Now) -> None:
         self.counters["protocol_errors"] += 1
@@ -405,16 +423,21 @@ class Broker:
     def _err(self, _: Identity, __: int, ___: m.Err, ____: Now) -> None:
         self.counters["worker_errors"] += 1
 
-    def _identify(self, identity: Identity, _: int, message: m.Identify, now: Now) -> None:
+    def _identify(
+        self, identity: Identity, message: m.Identify, binding: tuple[str, str] | None, now: Now
+    ) -> None:
+        bound = Binding(*binding) if binding is not None else None
         known = self.workers.get(identity)
         grace_s = self.config.lost_dispatch_s
-        if known is None or known.nonce != message.nonce:
+        if known is None or known.nonce != message.nonce or known.bound != bound:
             if known is not None:
                 self._forget(known, now, "its process was replaced")
             known = self._register(identity, message, now)
+            known.bound = bound
             # Nothing is on its way to a process that was unknown until now.
             grace_s = 0.0
-        known.capabilities = frozenset(message.capabilities)
+        known.capabilities = frozenset([bound.plugin] if bound else message.capabilities)
+        known.revoked = False
         known.batch = message.batch
         known.sandbox = message.sandbox
         self._send_now(
@@ -431,6 +454,21 @@ class Broker:
         # It may have lost what it was sent; sending a spec again is harmless.
         known.specs.clear()
         self._reconcile(known, message.held, now, grace_s)
+        if bound is not None:
+            self._forget_earlier_connections(known, now)
+
+    def _forget_earlier_connections(self, worker: Worker, now: Now) -> None:
+        """A process that came back under another routing id hears nothing under the old one.
+
+        Only where that is proved: a nonce alone is no proof.
+        """
+        earlier = [
+            other
+            for other in self.workers.values()
+            if other is not worker and (other.nonce, other.bound) == (worker.nonce, worker.bound)
+        ]
+        for other in earlier:
+            self._forget(other, now, "its process connected anew")
 
     def _register(self, identity: Identity, message: m.Identify, now: Now) -> Worker:
         slots = max(1, min(message.slots, self.config.credit_max))
@@ -482,7 +520,7 @@ class Broker:
         expires = now.mono + self.config.lease_ttl_s
         listed: set[JobId] = set()
         for text in held:
-            job = self._current(text)
+            job = self._allowed(worker, self._current(text))
             if job is None:
                 parts = parse_token(text)
                 self._send(worker.identity, parts.job_id if parts else 0, m.Abort(text, "stale"))
@@ -504,14 +542,14 @@ class Broker:
     def _dispatch_ack(
         self, identity: Identity, header: int, message: m.DispatchAck, now: Now
     ) -> None:
-        job = self._current(message.token, header)
+        job = self._current_of(identity, message.token, header)
         if job is None:
             self._send(identity, _job_id_of(message.token), m.Abort(message.token, "stale"))
         elif job.status is JobStatus.DISPATCHING:
             self._record(job, JournalKind.STARTED, now, lazy=True)
 
     def _stage(self, identity: Identity, header: int, message: m.Stage, now: Now) -> None:
-        job = self._current(message.token, header)
+        job = self._current_of(identity, message.token, header)
         if job is None:
             self._send(identity, header, m.Refuse(message.token, Reason.STALE_TOKEN))
             return
@@ -572,7 +610,7 @@ class Broker:
             self._cancel(cancel, now)
 
     def _conclude(self, identity: Identity, header: int, message: m.Conclude, now: Now) -> None:
-        job = self._current(message.token, header)
+        job = self._current_of(identity, message.token, header)
         if job is None:
             self.counters["late_conclusions"] += 1
             self._send(identity, header, m.ConcludeAck([message.token]))
@@ -909,6 +947,23 @@ class Broker:
     def _is_queued(self, job_id: JobId) -> bool:
         job = self.jobs.get(job_id)
         return job is not None and job.status is JobStatus.QUEUED
+
+    def _current_of(self, identity: Identity, token: str, header: int) -> Job | None:
+        """As `_current`; None also if the job is none that this worker may speak of."""
+        return self._allowed(self.workers.get(identity), self._current(token, header))
+
+    def _allowed(self, worker: Worker | None, job: Job | None) -> Job | None:
+        """The job, unless the worker is bound to something else and was not given it."""
+        if worker is None or worker.bound is None or job is None:
+            return job
+        lease = self.leases[job.job_id]
+        code = lease.spec.artifact_hash if lease.spec is not None else worker.bound.artifact_hash
+        if worker.bound == (job.plugin, code):
+            return job
+        if worker.bound.plugin == job.plugin and lease.owner == worker.identity:
+            return job  # a grant of another version, which it was sent to publish
+        self.counters["foreign_tokens"] += 1
+        return None
 
     def _current(self, token: str, header: int = 0) -> Job | None:
         """The job whose current, live attempt this token names; None if the token is stale.

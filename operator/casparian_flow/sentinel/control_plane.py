@@ -619,9 +619,7 @@ class ControlPlane:
         with self._reader() as connection:
             return wiring.list_rules(connection)
 
-    def add_rule(
-        self, pattern: str, tag: str, *, priority: int = 50, namespace: str = ""
-    ) -> int:
+    def add_rule(self, pattern: str, tag: str, *, priority: int = 50, namespace: str = "") -> int:
         return self._write(
             lambda ledger: wiring.add_rule(
                 ledger, pattern, tag, priority=priority, namespace=namespace

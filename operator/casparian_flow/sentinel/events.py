@@ -19,6 +19,15 @@ class WorkerMessage:
     identity: Identity
     job_id: int
     message: Message
+    binding: tuple[str, str] | None = None
+    """(plugin, artifact hash) that the worker has proved itself for; None where nobody is asked."""
+
+
+@dataclass(slots=True)
+class WorkerRevoked:
+    """A worker's proof is withdrawn: it may end what it holds, and gets nothing more."""
+
+    identity: Identity
 
 
 @dataclass(slots=True)
@@ -116,6 +125,7 @@ class Drain:
 
 Event = (
     WorkerMessage
+    | WorkerRevoked
     | BadFrame
     | Tick
     | JobsAdded

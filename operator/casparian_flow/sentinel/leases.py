@@ -1,6 +1,7 @@
 """What the broker knows of a worker process and of a job that one works on. Stdlib only."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from casparian_flow.domain.ids import Identity, JobId
 from casparian_flow.domain.outputs import OutputEntry
@@ -8,6 +9,13 @@ from casparian_flow.domain.records import PluginSpec
 from casparian_flow.sentinel.events import Cancel
 
 ANY_PLUGIN = "*"
+
+
+class Binding(NamedTuple):
+    """The one plugin version that a worker's proof of who it is entitles it to."""
+
+    plugin: str
+    artifact_hash: str
 
 
 @dataclass(slots=True)
@@ -37,14 +45,30 @@ class Worker:
     """Plugin specs it has been sent."""
     sandbox: dict[str, str] = field(default_factory=dict)
     done: int = 0
+    bound: Binding | None = None
+    """None: it is believed what its capabilities say."""
+    revoked: bool = False
+    """What it was entitled by is withdrawn: it ends what it holds and gets nothing more."""
 
     def free(self, now_mono: float) -> int:
-        if self.draining or now_mono < self.blocked_until:
+        if self.leaving or now_mono < self.blocked_until:
             return 0
         return int(self.window) - len(self.held)
 
-    def runs(self, plugin: str) -> bool:
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes nothing new any more."""
+        return self.draining or self.revoked
+
+    def runs(self, plugin: str, artifact_hash: str) -> bool:
+        """Whether it may be sent this plugin version."""
+        if self.bound is not None:
+            return self.bound == (plugin, artifact_hash)
         return ANY_PLUGIN in self.capabilities or plugin in self.capabilities
+
+    def publishes(self, plugin: str) -> bool:
+        """Whether it may be sent granted outputs of this plugin, of whichever version."""
+        return self.bound is None or self.bound.plugin == plugin
 
     @property
     def load(self) -> float:

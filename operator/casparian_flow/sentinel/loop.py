@@ -200,9 +200,14 @@ class CoreLoop(Generic[L]):
                         self._rescans[root_id, rel_path] = None
         return sends
 
-    def take_rescans(self) -> list[tuple[int, str]]:
-        """Files to look at again; each is handed out once. From the loop's thread, or by `look`."""
-        taken, self._rescans = list(self._rescans), {}
+    def take_rescans(self, root_id: int | None = None) -> list[tuple[int, str]]:
+        """Files to look at again, of one root or of all; each is handed out once.
+
+        From the loop's thread, or by `look`.
+        """
+        taken = [rescan for rescan in self._rescans if root_id in (None, rescan[0])]
+        for rescan in taken:
+            del self._rescans[rescan]
         return taken
 
     def close(self) -> None:

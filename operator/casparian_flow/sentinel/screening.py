@@ -4,6 +4,7 @@ import logging
 
 from casparian_flow.domain.errors import CasparianError
 from casparian_flow.domain.records import PluginSpec
+from casparian_flow.domain.scoped_names import plain
 from casparian_flow.trust.bundle import Bundle
 from casparian_flow.trust.rules import TrustSource
 
@@ -26,7 +27,7 @@ def refusal(trust: TrustSource, spec: PluginSpec) -> str:
 def bundle_of(spec: PluginSpec) -> Bundle:
     """The bundle that was deployed, of what the ledger holds of it."""
     return Bundle(
-        name=spec.plugin,
+        name=plain(spec.plugin),
         version=spec.plugin_version,
         source=spec.source_code,
         lockfile=spec.lockfile,

@@ -96,6 +96,7 @@ class SentinelConfig:
             while it is bound to this machine alone.
         allow_self_approval: whether who asked may approve; None = likewise.
         retention: how long history is kept; by default for ever.
+        epoch_floor: the highest epoch known from outside the ledger; this Sentinel's is above it.
     """
 
     bind_address: str = "tcp://127.0.0.1:5555"
@@ -116,6 +117,7 @@ class SentinelConfig:
     retention: Retention = field(default_factory=Retention)
     trust: TrustSource = nobody
     trials: bool = True
+    epoch_floor: int = 0
 
     def broker_config(self) -> BrokerConfig:
         """Raises:
@@ -145,6 +147,7 @@ class Sentinel:
     _socket: WorkerSocket
     _wire_calls: WireCalls
     _desk: TrialDesk
+    _plane: ControlPlane
 
     def __init__(self, config: SentinelConfig, *, clock: Clock | None = None) -> None:
         self.config = config
@@ -167,6 +170,26 @@ class Sentinel:
     def wait_started(self, timeout_s: float | None = None) -> bool:
         """Wait until workers and commands are served; False if that took longer."""
         return self._started.wait(timeout_s)
+
+    @property
+    def control(self) -> ControlPlane:
+        """What the control socket serves, for calls from other threads of this process.
+
+        They wait for the ledger, and may be made from `wait_started` on until `run` ends.
+
+        Raises:
+            SentinelUnreachableError: the Sentinel has not started, or has stopped.
+        """
+        if not self._started.is_set():
+            raise SentinelUnreachableError(
+                "the Sentinel of this process does not serve", hint="Wait until it has started."
+            )
+        return self._plane
+
+    @property
+    def epoch(self) -> int:
+        """Of its tokens; durable. 0 before it has started."""
+        return self._core.broker.epoch if self._started.is_set() else 0
 
     def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT; everything is released when it returns.
@@ -213,6 +236,7 @@ class Sentinel:
             trials=config.trials,
             desk=self._desk,
         )
+        self._plane = plane
         allowed = self._socket.is_local if config.wire_deploy is None else config.wire_deploy
         plane.remove_old_snapshots()
         self._wire_calls = WireCalls(plane, self._waker.wake, allowed=allowed)
@@ -239,6 +263,7 @@ class Sentinel:
         else:
             ledger = self._await_lock(Path(self.config.database))
         ledger.limits = self.config.limits
+        ledger.epoch_floor = self.config.epoch_floor
         ledger.screen = partial(refusal, self.config.trust)
         libraries = self.config.trust().libraries
         whitelist.record(ledger, libraries, now_us=self._clock.now().wall_us)

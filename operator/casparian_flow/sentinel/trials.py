@@ -159,7 +159,7 @@ class Trials:
         outcome = _OUTCOMES.get(result.outcome)
         if trial is None or trial.trial_id == "" or outcome is None or trial.verdict is not None:
             return
-        if teller is None or teller.nonce != trial.nonce:
+        if teller is None or not _asked(trial, teller):
             return  # not the process that was asked
         trial.heard = mono
         trial.note = result.message[:NOTE_CHARS_MAX]
@@ -185,7 +185,7 @@ class Trials:
             return
         if not trial.trial_id:
             return
-        worker = next((w for w in workers.values() if w.nonce == trial.nonce), None)
+        worker = next((w for w in workers.values() if _asked(trial, w)), None)
         if worker is not None:
             trial.worker = worker.identity  # it may have connected anew
         if worker is None:
@@ -221,7 +221,7 @@ class Trials:
         busy = {t.worker for t in self._trials.values() if t.trial_id and t.verdict is None}
         seen: set[str] = set()
         for trial in self._trials.values():
-            plugin = trial.version.spec.plugin
+            plugin, code = trial.version.spec.plugin, trial.version.spec.artifact_hash
             first = plugin not in seen
             seen.add(plugin)
             if not first or trial.trial_id or trial.verdict is not None or mono < trial.due:
@@ -229,7 +229,7 @@ class Trials:
             able = [
                 w
                 for w in workers.values()
-                if w.runs(plugin) and not w.draining and w.identity not in busy
+                if w.runs(plugin, code) and not w.leaving and w.identity not in busy
             ]
             if able:
                 worker = min(able, key=lambda w: w.load)
@@ -261,6 +261,12 @@ class Trials:
         require(len({t.worker for t in under_way}) == count, "a worker tries two at once")
         plugins = {t.version.spec.plugin for t in under_way}
         require(len(plugins) == count, "two versions of a plugin are tried at once")
+
+
+def _asked(trial: _Trial, worker: Worker) -> bool:
+    """Whether this is the process that tries it; it may have connected anew."""
+    spec = trial.version.spec
+    return worker.nonce == trial.nonce and worker.runs(spec.plugin, spec.artifact_hash)
 
 
 def _failure(result: m.TrialResult) -> str:

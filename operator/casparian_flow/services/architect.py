@@ -9,6 +9,7 @@ from casparian_flow.db.wiring import Declared, Release, Topic
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.domain.lockfile import check_lock
 from casparian_flow.domain.outputs import ANY_TOPIC, parse_sink_uri
+from casparian_flow.domain.scoped_names import check_namespace, scoped
 from casparian_flow.sentinel.api import Row
 from casparian_flow.services.manifest import (
     Manifest,
@@ -25,11 +26,12 @@ LOCAL_PUBLISHER = "local"
 _TAG_CHARS = 50
 
 
-def prepare(bundle: Bundle, verdict: Verdict) -> Release:
+def prepare(bundle: Bundle, verdict: Verdict, namespace: str = "") -> Release:
     """Check everything about a plugin version that can be checked without running it.
 
     Args:
         verdict: what the trust policy said of this bundle; it must be favourable.
+        namespace: in which it is deployed; what is signed is the plain name.
 
     Raises:
         UntrustedError: the verdict is none that lets it pass.
@@ -48,7 +50,7 @@ def prepare(bundle: Bundle, verdict: Verdict) -> Release:
     if len(publisher) > MAX_PUBLISHER_CHARS or not (publisher or "x").isprintable():
         raise UsageError("the publisher's name is too long or has control characters")
     return Release(
-        plugin=name,
+        plugin=scoped(check_namespace(namespace), name),
         version=bundle.version,
         source_code=bundle.source,
         source_hash=hashlib.sha256(bundle.source.encode()).hexdigest(),
@@ -100,7 +102,13 @@ def auto_tag(plugin: str) -> str:
 
 
 def deploy(
-    ledger: Ledger, bundle: Bundle, verdict: Verdict, *, now_us: int, trial: bool = False
+    ledger: Ledger,
+    bundle: Bundle,
+    verdict: Verdict,
+    *,
+    now_us: int,
+    trial: bool = False,
+    namespace: str = "",
 ) -> Row:
     """Check a plugin version and record it with its wiring; see `releases.record_release`.
 
@@ -110,4 +118,5 @@ def deploy(
         ConflictError: the version was deployed before with other bytes.
         LedgerUnavailableError: the commit failed; nothing is recorded.
     """
-    return record_release(ledger, prepare(bundle, verdict), now_us=now_us, trial=trial)
+    release = prepare(bundle, verdict, namespace)
+    return record_release(ledger, release, now_us=now_us, trial=trial)

@@ -20,6 +20,7 @@ from casparian_flow.domain.outputs import (
     SinkAddress,
     parse_sink_uri,
 )
+from casparian_flow.domain.scoped_names import SEPARATOR, check_namespace, scoped, split
 from casparian_flow.services.routing import check_tag, compile_route
 
 MAX_SOURCE_BYTES = 1 << 20
@@ -97,6 +98,18 @@ def plugin_name(name: str) -> str:
             "give it as name= in MANIFEST or rename the file.",
         )
     return name
+
+
+def scoped_plugin_name(name: str) -> str:
+    """A plugin's name with its namespace, if it has one.
+
+    Raises:
+        UsageError: either is not usable.
+    """
+    namespace, plain = split(name)
+    if check_namespace(namespace) or SEPARATOR not in name:
+        return scoped(namespace, plugin_name(plain))
+    raise ManifestError(f"plugin name {name[:120]!r} has an empty namespace")
 
 
 def plugin_version(text: str) -> str:
