@@ -62,6 +62,12 @@ class Steps:
 @click.option("--publisher", default="", help="Who publishes, where only a key vouches for them.")
 @click.option("--key", type=click.Path(path_type=Path, dir_okay=False), help="Key to sign with.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the bundle.")
+@click.option(
+    "--emit-manifest",
+    "manifest",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write Kubernetes objects.",
+)
 @click.option("--dry-run", is_flag=True, help="Do all but the deploy.")
 @wait_option
 @output_option
@@ -74,6 +80,7 @@ def publish(
     publisher: str,
     key: Path | None,
     out: Path | None,
+    manifest: Path | None,
     dry_run: bool,
     wait_s: float,
 ) -> None:
@@ -90,15 +97,23 @@ def publish(
     set, Azure AD is asked who you are.
 
     --out writes the bundle to a file and does not deploy it; 'casparian deploy' does so later.
+    --emit-manifest writes it as a CasparianPlugin object (and a ConfigMap, if it is large) for
+    'kubectl apply', and does not deploy it either.
 
     \b
     Examples:
       casparian publish my_plugin.py --version 1.0.0
       casparian publish my_plugin.py --version 1.0.0 --out my_plugin.casparian
+      casparian publish my_plugin.py --version 1.0.0 --emit-manifest my_plugin.yaml
     """
     from casparian_flow.config_trust import rules_of
     from casparian_flow.services.publisher import bundled, locked, read_plugin, signed
 
+    if manifest is not None and out is not None:
+        raise UsageError(
+            "--out and --emit-manifest write the same bundle in two forms",
+            hint="Give one of them; equal bundles come from equal files.",
+        )
     rules = rules_of(app.settings.trust)
     steps = Steps(shown=sys.stderr.isatty() and not app.json)
     with steps.step("look"):  # so that what the Gatekeeper will refuse is told before the rest
@@ -127,7 +142,26 @@ def publish(
     with steps.step("gatekeeper"):
         rules.require_source(bundle.source, file.name)
         steps.tell(f"profile {rules.profile}")
-    _hand_on(app, bundle, steps, out=out, dry_run=dry_run, wait_s=wait_s)
+    if manifest is not None:
+        _emit(app, bundle, manifest)
+    else:
+        _hand_on(app, bundle, steps, out=out, dry_run=dry_run, wait_s=wait_s)
+
+
+def _emit(app: App, bundle: "Bundle", file: Path) -> None:
+    from casparian_flow.kube.emit import objects_for, to_yaml
+
+    emitted = objects_for(bundle)
+    _write(file, to_yaml(emitted.objects).encode())
+    command = emitted.next_command(str(file))
+    facts: Row = {
+        "plugin": bundle.name,
+        "version": bundle.version,
+        "artifact_hash": bundle.artifact_hash,
+        "manifest": str(file),
+        "next": command,
+    }
+    show_data(app, facts, f"{file} holds {emitted.told}\nnext: {command}")
 
 
 def _hand_on(

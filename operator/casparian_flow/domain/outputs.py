@@ -307,7 +307,11 @@ def output_roots(entries: Iterable[OutputEntry]) -> set[str]:
     return {e.root_id for e in entries if e.root_id and not e.uri.startswith("mssql:")}
 
 
-def _digest(*parts: str) -> str:
+def framed_digest(*parts: str) -> str:
+    """SHA-256, hex, over the parts, each preceded by its length in eight bytes.
+
+    No two lists of parts share an encoding.
+    """
     framed: list[bytes] = []
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
@@ -329,12 +333,8 @@ def output_key(
     sink: str,
     generation: int,
 ) -> str:
-    """The key under which one result may be published, once: 64 hex digits.
-
-    SHA-256 over the parts, each preceded by its length in eight bytes, so that no two lists of
-    parts share an encoding.
-    """
-    return _digest(
+    """The key under which one result may be published, once: 64 hex digits (`framed_digest`)."""
+    return framed_digest(
         ledger_id,
         str(version_id),
         artifact_hash,
@@ -347,7 +347,7 @@ def output_key(
 
 def slice_key(ledger_id: str, location_id: int, plugin: str, topic: str, sink: str) -> str:
     """The key of what `replace` replaces: all versions of one file under one plugin and topic."""
-    return _digest(ledger_id, str(location_id), plugin, topic, sink)
+    return framed_digest(ledger_id, str(location_id), plugin, topic, sink)
 
 
 def parameters_hash(parameters_json: str) -> str:

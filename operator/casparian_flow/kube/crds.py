@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from casparian_flow.domain.errors import require
-from casparian_flow.kube.models import Approval, CasparianPlugin, Part, SourceRoot
+from casparian_flow.kube.models import Approval, CasparianPlugin, SourceRoot
 from casparian_flow.kube.names import (
     APPROVAL_KIND,
     APPROVALS,
@@ -21,7 +21,7 @@ from casparian_flow.kube.names import (
     SOURCES,
     VERSION,
 )
-from casparian_flow.kube.schema_parts import ANY_FIELDS, INT_OR_STRING, VALIDATIONS
+from casparian_flow.kube.schema_parts import ANY_FIELDS, INT_OR_STRING, VALIDATIONS, Part
 
 Schema = dict[str, Any]
 

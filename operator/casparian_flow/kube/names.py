@@ -4,10 +4,11 @@ A name that is made from several parts ends with eight digits of a SHA-256 over 
 parts, so that `a-b` and `a_b` never meet, however much of each was left out for readability.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
+
+from casparian_flow.domain.outputs import framed_digest
 
 GROUP: Final = "casparian.io"
 VERSION: Final = "v1alpha1"
@@ -74,16 +75,8 @@ HEALTH_PORT: Final = 8080
 BUNDLE_KEY: Final = "bundle.casparian.gz"
 """Key of the ConfigMap that `casparian publish --emit-manifest` writes."""
 
+_DNS_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?")
-
-
-def digest_of(parts: Iterable[str]) -> str:
-    """SHA-256, hex, over exactly these parts: no two lists of parts share an encoding."""
-    framed = bytearray()
-    for part in parts:
-        raw = part.encode("utf-8", "surrogatepass")
-        framed += len(raw).to_bytes(8, "big") + raw
-    return hashlib.sha256(bytes(framed)).hexdigest()
 
 
 def object_name(prefix: str, *parts: str, exact: Iterable[str] = ()) -> str:
@@ -102,11 +95,22 @@ def object_name(prefix: str, *parts: str, exact: Iterable[str] = ()) -> str:
     if not readable[0].isalpha():  # a Service's name has to begin with a letter
         readable = f"x{readable}"
     kept = readable[: NAME_CHARS_MAX - DIGEST_CHARS - 1].rstrip("-")
-    return f"{kept}-{digest_of((prefix, *parts, *exact))[:DIGEST_CHARS]}"
+    return f"{kept}-{framed_digest(prefix, *parts, *exact)[:DIGEST_CHARS]}"
 
 
 def _dns(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def plugin_object_name(plugin: str) -> str:
+    """Of the CasparianPlugin object that is written for a plugin: the plugin's own name if it can.
+
+    >>> plugin_object_name("sales"), plugin_object_name("my_sales")
+    ('sales', 'my-sales-0f6c68c9')
+    """
+    if len(plugin) <= NAME_CHARS_MAX and _DNS_NAME.fullmatch(plugin):
+        return plugin
+    return object_name(plugin)
 
 
 def deployment_name(plugin: str, version: str, artifact_hash: str) -> str:
@@ -154,7 +158,7 @@ def label_value(text: str) -> str:
         return text
     readable = re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-_.")
     kept = readable[: LABEL_CHARS_MAX - DIGEST_CHARS - 1].rstrip("-_.")
-    digest = digest_of((text,))[:DIGEST_CHARS]
+    digest = framed_digest(text)[:DIGEST_CHARS]
     return f"{kept}-{digest}" if kept else digest
 
 
