@@ -8,9 +8,11 @@ and CSV outputs. What is observed: answers, refusals, and the files around. Most
 import hashlib
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         memory.execute(f"COPY (SELECT 'hidden' AS x) TO '{place}/secret.csv'")
         memory.execute(f"COPY (SELECT 'hidden' AS x) TO '{place}/out/unpublished.parquet'")
     (place / "out" / "linked" / "x.parquet").symlink_to(place / "secret.parquet")
+    _databases(place)
     rows = [
         ("1", "sales", "output", "parquet://sales", "sales/a.parquet", 1, "PUBLISHED"),
         ("2", "sales", "output", "parquet://sales", "sales/b.parquet", 1, "PUBLISHED"),
@@ -57,6 +60,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("6", "evil", "output", "parquet://x", "linked/x.parquet", 1, "PUBLISHED"),
         ("7", "evil", "output", "parquet://x", "../secret.parquet", 1, "PUBLISHED"),
         ("8", 'odd"; DROP', "output", "parquet://x", "sales/a.parquet", 1, "PUBLISHED"),
+        ("9", "trips", "output", "sqlite://db/t.sqlite3", "trips", 2, "PUBLISHED"),
+        ("a", "tolls", "output", "duckdb://db/t.duckdb?table=paid", "paid", 2, "PUBLISHED"),
+        ("b", "hidden", "output", f"sqlite://{place}/other.sqlite3", "hidden", 1, "PUBLISHED"),
+        ("c", "missing", "output", "duckdb://db/t.duckdb", "missing", 1, "PUBLISHED"),
+        ("d", "noise", "output", "sqlite://db/noise.sqlite3", "noise", 1, "PUBLISHED"),
+        ("e", "both", "output", "sqlite://db/t.sqlite3", "trips", 2, "PUBLISHED"),
+        ("f", "both", "output", "parquet://sales", "sales/a.parquet", 1, "PUBLISHED"),
+        ("g", "big", "output", "duckdb://db/t.duckdb", "big", 2, "PUBLISHED"),
     ]
     with duckdb.connect(str(place / "ledger.duckdb")) as ledger:
         for row in rows:
@@ -65,24 +76,47 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def _databases(place: Path) -> None:
+    (place / "out" / "db").mkdir()
+    for path, table in ((place / "out/db/t.sqlite3", "trips"), (place / "other.sqlite3", "hidden")):
+        with closing(sqlite3.connect(path)) as sqlite, sqlite:
+            sqlite.execute(
+                f"CREATE TABLE {table} (n INTEGER, x REAL, odd INTEGER, who TEXT, b BLOB)"
+            )
+            sqlite.execute(f"INSERT INTO {table} VALUES (1, 0.5, 7, 'Ann', x'00ff')")
+            sqlite.execute(f"INSERT INTO {table} VALUES (2, 2, 'seven', NULL, NULL)")
+            sqlite.execute("CREATE TABLE private (secret)")
+    (place / "out/db/noise.sqlite3").write_bytes(b"no database")
+    with duckdb.connect(str(place / "out/db/t.duckdb")) as other:
+        other.execute("CREATE TABLE paid AS SELECT 1 AS id, DATE '2026-01-02' AS day")
+        other.execute("INSERT INTO paid VALUES (2, NULL)")
+        other.execute("CREATE TABLE private AS SELECT 'hidden' AS x")
+        other.execute(
+            "CREATE TABLE big AS SELECT sha256(i::VARCHAR) || sha256((i + 1)::VARCHAR) AS x "
+            "FROM range(300_000) t(i)"
+        )
+
+
 Asked = Callable[..., dict[str, Any]]
+
+
+def asked(world: Path, sql: str, limit: int, mode: RedactionMode) -> dict[str, Any]:
+    return {
+        "snapshot": str(world / "ledger.duckdb"),
+        "output_root": str(world / "out"),
+        "sql": sql,
+        "limit": limit,
+        "timeout_s": 5,
+        "memory_mb": 128,
+        "redaction": mode,
+        "key": KEY.hex(),
+    }
 
 
 @pytest.fixture
 def ask(world: Path) -> Asked:
     def ask(sql: str, *, limit: int = 100, mode: RedactionMode = RedactionMode.NONE) -> Any:
-        return answer_to(
-            {
-                "snapshot": str(world / "ledger.duckdb"),
-                "output_root": str(world / "out"),
-                "sql": sql,
-                "limit": limit,
-                "timeout_s": 5,
-                "memory_mb": 128,
-                "redaction": mode,
-                "key": KEY.hex(),
-            }
-        )
+        return answer_to(asked(world, sql, limit, mode))
 
     return ask
 
@@ -92,10 +126,61 @@ def test_the_ledger_and_published_outputs_are_tables(ask: Asked) -> None:
     assert ask("SELECT name FROM bills")["rows"] == [["Cyd"]]
     assert ask('SELECT name FROM "odd""; drop"')["rows"] == [["Ann"]]
     joined = "SELECT count(*) FROM cf_output o JOIN sales s ON s.id = o.n + 1"
-    assert ask(joined)["rows"] == [[8]]
+    assert ask(joined)["rows"] == [[16]]
     assert {"bills", "sales", "cf_output"} <= {row[0] for row in ask("SHOW TABLES")["rows"]}
     shown = ask("DESCRIBE sales", mode=RedactionMode.HASH)["rows"]
     assert [row[:2] for row in shown] == [["id", "INTEGER"], ["name", "VARCHAR"]]
+
+
+def test_published_tables_of_sqlite_and_duckdb_are_tables(ask: Asked) -> None:
+    trips = ask("SELECT n, x, odd, who, hex(b) FROM trips ORDER BY n")
+    assert trips["types"] == ["BIGINT", "DOUBLE", "VARCHAR", "VARCHAR", "VARCHAR"]
+    assert trips["rows"] == [[1, 0.5, "7", "Ann", "00FF"], [2, 2.0, "seven", None, None]]
+    assert ask("SELECT * FROM tolls ORDER BY id")["rows"] == [[1, "2026-01-02"], [2, None]]
+    joined = "SELECT count(*) FROM trips t JOIN tolls p ON p.id = t.n JOIN trips u USING (n)"
+    assert ask(joined)["rows"] == [[2]]
+    assert ask("SELECT n FROM both_sqlite ORDER BY n")["rows"] == [[1], [2]]
+    assert ask("SELECT id FROM both_parquet")["rows"] == [[1]]
+    assert ask("SUMMARIZE tolls")["rows"][0][:2] == ["id", "INTEGER"]
+    shown = {row[0] for row in ask("SHOW TABLES")["rows"]}
+    assert {"trips", "tolls", "both_sqlite"} <= shown
+    assert not shown & {"private", "paid", "hidden", "missing"}
+
+
+def test_what_else_is_in_an_outputs_database_is_out_of_reach(ask: Asked) -> None:
+    for table in ("private", "paid", "source.main.paid", "source.private", "loaded.trips_0",
+                  "memory.loaded.tolls_0", "hidden", "missing", "noise"):  # fmt: skip
+        answer = ask(f"SELECT * FROM {table}")
+        assert answer.keys() <= {"refused", "failed"}, (table, answer)
+
+
+def test_a_database_that_is_being_written_to_is_told_of_and_not_waited_for(
+    ask: Asked, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casparian_flow.mcp_server.query_outputs.LOCKED_TRIES", 2)
+    writer = (
+        "import duckdb, sqlite3, sys; d = duckdb.connect(sys.argv[1]);"
+        "s = sqlite3.connect(sys.argv[2]); s.execute('BEGIN EXCLUSIVE');"
+        "print(1, flush=True); sys.stdin.readline()"
+    )
+    databases = [str(world / "out/db" / name) for name in ("t.duckdb", "t.sqlite3")]
+    with subprocess.Popen(
+        [sys.executable, "-c", writer, *databases], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for table in ("tolls", "trips"):
+            assert "repeat the query" in ask(f"SELECT * FROM {table}")["failed"]
+        assert ask("SELECT count(*) FROM sales")["rows"] == [[2]]
+        process.communicate(b"\n")
+    assert ask("SELECT count(*) FROM tolls JOIN trips ON n = id")["rows"] == [[2]]
+
+
+def test_a_table_beyond_the_memory_limit_is_refused(world: Path) -> None:
+    answer = answer_to(
+        asked(world, "SELECT count(*) FROM big", 100, RedactionMode.NONE) | {"memory_mb": 24}
+    )
+    assert answer == {"failed": "the query needs more than 24 MiB"}
 
 
 ALLOWED = (
@@ -263,6 +348,8 @@ def test_a_child_answers_and_leaves_no_copy(child: Asked, tmp_path: Path) -> Non
     assert answer["columns"] == ["n", "name"]
     assert answer["rows"][0][0] == 2
     assert answer["rows"][0][1].startswith("[hash:")
+    databases = "SELECT sum(n) AS n, count(day) AS days FROM trips JOIN tolls ON id = n"
+    assert child(databases)["rows"] == [[3, 1]]
     with pytest.raises(UsageError):
         child("DELETE FROM cf_output")
     assert list(tmp_path.iterdir()) == []

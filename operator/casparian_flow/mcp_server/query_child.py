@@ -9,14 +9,12 @@ parser says what the text is: one SELECT over tables that exist, whatever it loo
 """
 
 import json
-import os
 import resource
 import sys
 import sysconfig
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 import duckdb
@@ -24,6 +22,13 @@ import duckdb
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.outputs import OutputKind, OutputState, SinkMode
 from casparian_flow.mcp_server.budget import LIST_BYTES_MAX, as_json
+from casparian_flow.mcp_server.query_outputs import (
+    LOADED,
+    UnreadableError,
+    offer,
+    published_outputs,
+    quoted,
+)
 from casparian_flow.mcp_server.redaction import RedactionMode, Redactor
 from casparian_flow.protocol.http_types import (
     EVENT_TYPES,
@@ -37,11 +42,6 @@ TABLE_FUNCTIONS: Final = frozenset({"unnest", "range", "generate_series"})
 """Those that compute; all others read files, settings or other SQL."""
 TELLING: Final = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException)
 """Errors found before a value is read, so that their text tells of none."""
-READERS: Final = {
-    "parquet": "read_parquet({}, union_by_name = true)",
-    # The first line is the header, whatever it looks like: guessing could take a row for it.
-    "csv": "read_csv({}, union_by_name = true, header = true)",
-}
 FETCH_ROWS: Final = 256
 INTERRUPT_S: Final = 0.2
 SLACK_BYTES: Final = 2 << 30
@@ -94,12 +94,14 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     connection = _open(request)
     ended = threading.Event()
     try:
+        _interrupt_after(connection, request["timeout_s"], ended)
         _prepare(connection, request)
         redactor = replace(redactor, known=_words(connection))
-        _interrupt_after(connection, request["timeout_s"], ended)
         return _run(connection, request["sql"], request["limit"], redactor)
     except RefusedError as error:
         return {"refused": str(error)}
+    except UnreadableError as error:
+        return {"failed": str(error)}
     except duckdb.InterruptException:
         return {"failed": f"the query did not end within {request['timeout_s']:g} seconds"}
     except (duckdb.OutOfMemoryException, MemoryError):
@@ -144,14 +146,15 @@ def _open(request: dict[str, Any]) -> duckdb.DuckDBPyConnection:
         },
     )
     connection.execute("SET TimeZone = 'UTC'")
-    connection.execute(f"ATTACH {_quoted(request['snapshot'])} AS ledger (READ_ONLY)")
+    connection.execute(f"ATTACH {quoted(request['snapshot'])} AS ledger (READ_ONLY)")
     connection.execute("CREATE SCHEMA outputs")
+    connection.execute(f"CREATE SCHEMA {LOADED}")
     return connection
 
 
 def _prepare(connection: duckdb.DuckDBPyConnection, request: dict[str, Any]) -> None:
     """Judge the text, make the views that it names, and lock what may be reached."""
-    views = dict(output_views(connection, request["output_root"]))
+    views = dict(published_outputs(connection, request["output_root"]))
     referenced = referenced_tables(connection, request["sql"])
     tables = _catalog(connection)
     unknown = sorted(referenced - tables - views.keys())
@@ -162,15 +165,12 @@ def _prepare(connection: duckdb.DuckDBPyConnection, request: dict[str, Any]) -> 
         )
     # Each view opens its files once: only those that are asked for, or all for a listing.
     listing = "" in referenced or not referenced.isdisjoint(_LISTINGS)
-    for name, (reader, files) in views.items():
+    for name, output in views.items():
         if listing or name in referenced:
-            rows = reader.format(f"[{', '.join(map(_quoted, files))}]")
-            connection.execute(
-                f"CREATE VIEW outputs.{_identifier(name)} AS SELECT * FROM {rows}"  # noqa: S608 - quoted
-            )
+            offer(connection, name, output, rows=name in referenced)
     root = request["output_root"].rstrip("/") + "/"
     connection.execute("SET search_path = 'ledger.main,memory.outputs'")
-    connection.execute(f"SET allowed_directories = [{_quoted(root)}]")
+    connection.execute(f"SET allowed_directories = [{quoted(root)}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
@@ -199,34 +199,6 @@ def _words(connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
     return _WORDS | {str(word) for (word,) in found.fetchall()}
 
 
-def output_views(
-    connection: duckdb.DuckDBPyConnection, output_root: str
-) -> Iterator[tuple[str, tuple[str, list[str]]]]:
-    """(name, (reader, files)) for each published topic whose files are there.
-
-    A topic is named as it is; with two formats, the format is added: `sales_csv`.
-    """
-    found = connection.execute(
-        "SELECT lower(topic || CASE WHEN kind = 'quarantine' "
-        "AND NOT ends_with(topic, '_quarantine') THEN '_quarantine' ELSE '' END) AS name,"
-        " split_part(sink_uri, '://', 1) AS scheme,"
-        " list(final ORDER BY final) FROM ledger.main.cf_output WHERE state = 'PUBLISHED'"
-        " AND \"rows\" > 0 AND scheme IN ('parquet', 'csv') GROUP BY ALL ORDER BY ALL"
-    ).fetchall()
-    several = {name for i, (name, _, _) in enumerate(found) if i and found[i - 1][0] == name}
-    root = os.path.realpath(output_root)
-    for name, scheme, finals in found:
-        files = [path for final in finals if (path := _published(root, final))]
-        if files:
-            yield (f"{name}_{scheme}" if name in several else name), (READERS[scheme], files)
-
-
-def _published(root: str, final: str) -> str | None:
-    """Where an output is, if it is there and truly below the root."""
-    path = os.path.realpath(os.path.join(root, final))
-    return path if path.startswith(root + "/") and Path(path).is_file() else None
-
-
 def referenced_tables(connection: duckdb.DuckDBPyConnection, sql: str) -> set[str]:
     """Names of the tables that a SELECT reads, in small letters, without its own CTEs.
 
@@ -249,6 +221,7 @@ def referenced_tables(connection: duckdb.DuckDBPyConnection, sql: str) -> set[st
     for node in _nodes(tree["statements"]):
         kind = node.get("type")
         if kind == "BASE_TABLE":
+            _require_offered(node)
             tables.add(str(node.get("table_name", "")).lower())
         elif kind == "SHOW_REF":
             tables.add("")
@@ -257,6 +230,12 @@ def referenced_tables(connection: duckdb.DuckDBPyConnection, sql: str) -> set[st
         if isinstance(ctes := node.get("cte_map"), dict):
             own |= {str(entry.get("key", "")).lower() for entry in ctes.get("map", [])}
     return tables - own
+
+
+def _require_offered(node: dict[str, Any]) -> None:
+    place = str(node.get("schema_name", "")).lower()
+    if place == LOADED:
+        raise RefusedError(f"the schema {place!r} is this process's own; use the topic's name")
 
 
 def _require_computing(node: dict[str, Any]) -> None:
@@ -304,14 +283,6 @@ def _run(
 def _fetched(cursor: duckdb.DuckDBPyConnection) -> Iterable[tuple[Any, ...]]:
     while some := cursor.fetchmany(FETCH_ROWS):
         yield from some
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ TOOLS: Final[dict[str, Tool]] = {
         Tool(
             "casparian_query",
             "One SELECT in DuckDB's SQL over a copy of the ledger (tables cf_*, see SHOW TABLES) "
-            "and the published Parquet and CSV outputs (a table for each topic).",
+            "and the published outputs (a table for each topic).",
             QueryArguments,
             query,
             ("rows",),
