@@ -50,10 +50,10 @@ imports: setup
 	@printf '\n== import rules\n'
 	@$(BIN)/lint-imports --no-cache
 
-# Run pytest over all suites.
+# Run pytest over all suites but those on a cluster.
 unit: setup
 	@printf '\n== pytest\n'
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q --ignore=tests/cluster
 
 # Run the ledger's tests on the next major version of DuckDB.
 next-duckdb: setup

@@ -1,0 +1,89 @@
+"""What is made once and kept outside the tree, under a hash of all that goes into it.
+
+An entry appears whole or not at all: it is made under another name, under a lock, and renamed.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.harness.progress import say
+
+# Read once at import, since tests run without variables of ours in their environment.
+ROOT = Path(
+    os.environ.get("CASPARIAN_CLUSTER_CACHE") or Path.home() / ".cache" / "casparian-cluster"
+)
+UNUSED_DAYS_MAX = 14
+_DIGEST_CHARS = 12
+
+
+def digest(*parts: str | Path) -> str:
+    """A hash over texts and files (their content; a folder counts with all files below it)."""
+    whole = hashlib.sha256()
+    for part in parts:
+        for name, content in _contents(part):
+            whole.update(f"{name}\0{len(content)}\0".encode() + content)
+    return whole.hexdigest()[:_DIGEST_CHARS]
+
+
+def _contents(part: str | Path) -> Iterator[tuple[str, bytes]]:
+    if isinstance(part, str):
+        yield "", part.encode()
+    elif part.is_dir():
+        for path in sorted(path for path in part.rglob("*") if path.is_file()):
+            mode = "x" if os.access(path, os.X_OK) else ""
+            yield f"{path.relative_to(part)}{mode}", path.read_bytes()
+    else:
+        yield part.name, part.read_bytes()
+
+
+def cached(name: str, inputs: str, make: Callable[[Path], None]) -> Path:
+    """The entry `name` for these inputs (a digest), made now if it is not there.
+
+    Args:
+        make: Makes it, a file or a folder, at the path that it is given.
+    """
+    target = ROOT / f"{name}-{inputs}"
+    if not target.exists():
+        with locked(target.name):
+            if not target.exists():
+                scratch = ROOT / f".{target.name}.part"
+                _remove(scratch)
+                make(scratch)
+                scratch.rename(target)
+                _prune(ROOT.glob(f"{name}-{'?' * _DIGEST_CHARS}"), keep=target)
+    os.utime(target)
+    return target
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of that name against other processes; tells if it has to wait."""
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with (ROOT / f".{name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that holds {name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prune(entries: Iterable[Path], keep: Path) -> None:
+    """Remove what other inputs have made, once it is long unused."""
+    oldest = time.time() - UNUSED_DAYS_MAX * 86_400
+    for entry in entries:
+        if entry != keep and entry.lstat().st_mtime < oldest:
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

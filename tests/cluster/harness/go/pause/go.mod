@@ -1,0 +1,3 @@
+module casparian.invalid/cluster/pause
+
+go 1.24.0

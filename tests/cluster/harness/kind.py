@@ -1,0 +1,353 @@
+"""Two-node clusters of kind: made, described, torn down."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.harness import daemon, images, machine, network
+from cluster.harness.cache import ROOT, locked
+from cluster.harness.errors import HarnessError
+from cluster.harness.faults import Faults
+from cluster.harness.progress import run_logged, say, step
+from cluster.harness.tools import tool, tools
+from kube_kit import ApiClient, ApiError
+
+DEFAULT_NAME = "casparian"
+# What kind's own version takes; pulled where that can be done.
+PULLED_NODE = "kindest/node:v1.34.0"
+PULL_S = 600
+READY_S = 180.0
+SHARED = "/shared"
+_STATE = ROOT / "clusters"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of two nodes, of which the first also has the control plane.
+
+    Attributes:
+        folder: Its kubeconfig, and what its nodes share.
+        own_image: Its nodes were made here; their network enforces no NetworkPolicies.
+    """
+
+    name: str
+    folder: Path
+    own_image: bool
+
+    @property
+    def kubeconfig(self) -> Path:
+        """Of the administrator."""
+        return self.folder / "kubeconfig"
+
+    @property
+    def shared(self) -> Path:
+        """A folder of this machine that is `/shared` on every node."""
+        return self.folder / "shared"
+
+    @property
+    def control_plane(self) -> str:
+        """The first node."""
+        return f"{self.name}-control-plane"
+
+    @property
+    def worker(self) -> str:
+        """The second node."""
+        return f"{self.name}-worker"
+
+    @property
+    def nodes(self) -> tuple[str, str]:
+        """Both."""
+        return (self.control_plane, self.worker)
+
+    @cached_property
+    def client(self) -> ApiClient:
+        """The administrator's, with kubectl of the cluster's version."""
+        return ApiClient(self.kubeconfig, tool("kubectl"))
+
+    @cached_property
+    def faults(self) -> Faults:
+        """What can be made to go wrong."""
+        return Faults(self.client, self.control_plane)
+
+    def shared_claim(self, namespace: str, name: str) -> Path:
+        """A claim that any number of pods on both nodes may mount, to read and write.
+
+        Returns:
+            The folder of this machine that it is; anybody may write there.
+        """
+        volume = f"{namespace}-{name}"
+        folder = self.shared / volume
+        folder.mkdir()
+        folder.chmod(0o777)
+        spec = {
+            "accessModes": ["ReadWriteMany"],
+            "storageClassName": "",
+        }
+        self.client.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": volume},
+                "spec": spec
+                | {
+                    "capacity": {"storage": "1Gi"},
+                    "hostPath": {"path": f"{SHARED}/{volume}"},
+                    "claimRef": {"namespace": namespace, "name": name},
+                    "persistentVolumeReclaimPolicy": "Retain",
+                },
+            },
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"namespace": namespace, "name": name},
+                "spec": spec
+                | {"volumeName": volume, "resources": {"requests": {"storage": "1Gi"}}},
+            },
+        )
+        return folder
+
+    def load_image(self, *tags: str) -> None:
+        """Put images of the docker daemon onto both nodes."""
+        for tag in tags:
+            with step(f"loading {tag} ({images.size_bytes(tag) / 1e6:.0f} MB)"):
+                _kind("load", "docker-image", tag, "--name", self.name)
+
+    def save_logs(self, folder: Path) -> None:
+        """Everything that helps to understand a failure: nodes' and pods' logs, all objects."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _kind("export", "logs", str(folder), "--name", self.name)
+        for file, arguments in {
+            "pods.txt": ("get", "pods", "-A", "-o", "wide"),
+            "events.txt": ("get", "events", "-A", "--sort-by=.lastTimestamp"),
+            "objects.txt": ("get", "all,pvc,pv,configmaps,leases", "-A", "-o", "yaml"),
+            "casparian.txt": ("get", "casparian", "-A", "-o", "yaml"),
+            "nodes.txt": ("describe", "nodes"),
+        }.items():
+            said = self.client.kubectl(*arguments, check=False)
+            (folder / file).write_text(said.stdout + said.stderr)
+
+
+def prepare() -> tuple[str, bool]:
+    """Programs and the node's image; returns the image, and whether it was made here.
+
+    Raises:
+        HarnessError: something is missing; the hint says what to install.
+    """
+    why_not = machine.why_not()
+    if why_not:
+        raise HarnessError("no cluster can be made on this machine", why_not)
+    tools(("kind", "kubectl"))
+    daemon.ensure()
+    if not daemon.is_own() and _pulls():
+        return PULLED_NODE, False
+    return images.node_image(), True
+
+
+def up(name: str = DEFAULT_NAME) -> Cluster:
+    """Make a cluster, or find the one of that name that is there.
+
+    Raises:
+        HarnessError: it could not be made; what there was of it is gone, its logs are kept.
+    """
+    with locked(f"cluster-{name}"):
+        found = find(name)
+        if found is not None:
+            return found
+        image, own = prepare()
+        cluster = Cluster(name, _STATE / name, own)
+        began = time.monotonic()
+        try:
+            _create(cluster, image)
+        except BaseException:
+            _keep_logs_of_failure(cluster)
+            _delete(cluster)
+            raise
+        (cluster.folder / "state.json").write_text(json.dumps({"own_image": own}))
+        say(f"the cluster {name} is up after {time.monotonic() - began:.1f} s")
+        return cluster
+
+
+def find(name: str = DEFAULT_NAME) -> Cluster | None:
+    """The cluster of that name, if it is up."""
+    state = _STATE / name / "state.json"
+    if not state.exists():
+        return None
+    cluster = Cluster(name, state.parent, bool(json.loads(state.read_text())["own_image"]))
+    try:
+        cluster.client.request("GET", "/readyz")
+    except (OSError, ApiError):
+        say(f"the cluster {name} is there but does not answer: it is made anew")
+        _delete(cluster)
+        return None
+    return cluster
+
+
+def down(name: str = DEFAULT_NAME) -> None:
+    """Remove a cluster, and our own docker daemon if it was the last; fine if there is none."""
+    with locked(f"cluster-{name}"):
+        _delete(Cluster(name, _STATE / name, own_image=True))
+    daemon.stop()
+
+
+def _create(cluster: Cluster, image: str) -> None:
+    _delete(cluster)
+    cluster.folder.mkdir(parents=True)
+    cluster.shared.mkdir()
+    cluster.shared.chmod(0o777)
+    servers = machine.name_servers()
+    resolver = cluster.folder / "resolv.conf"
+    resolver.write_text("".join(f"nameserver {server}\n" for server in servers))
+    configuration = cluster.folder / "kind.json"
+    configuration.write_text(json.dumps(_configuration(cluster, resolver if servers else None)))
+    with step(f"kind create cluster {cluster.name}"):
+        _kind(
+            *("create", "cluster", "--name", cluster.name, "--image", image, "--retain"),
+            *("--config", str(configuration), "--kubeconfig", str(cluster.kubeconfig)),
+        )
+    if cluster.own_image:
+        nodes = _await(lambda: _with_ranges(cluster), "the nodes' ranges of addresses")
+        network.connect(network.addresses(nodes))
+    with step("waiting for nodes, DNS and storage"):
+        _await(lambda: _ready(cluster), "nodes, DNS and storage to be ready")
+
+
+def _configuration(cluster: Cluster, resolver: Path | None) -> dict[str, Any]:
+    mounts = [{"hostPath": str(cluster.shared), "containerPath": SHARED}]
+    kubelet: dict[str, Any] = {"nodeStatusUpdateFrequency": "4s"}
+    plane: dict[str, Any] = {
+        # Nodes that are lost are noticed soon, pods on them replaced soon.
+        "controllerManager": {"extraArgs": {"node-monitor-grace-period": "16s"}},
+        "apiServer": {"extraArgs": {"default-unreachable-toleration-seconds": "20"}},
+    }
+    if cluster.own_image:
+        kubelet |= {"cgroupDriver": "cgroupfs", "localStorageCapacityIsolation": False}
+        plane |= {"imageRepository": images.REPOSITORY}
+        if resolver is not None:
+            # The nodes' own resolver is on their loopback, where no pod can ask it.
+            mounts.append({"hostPath": str(resolver), "containerPath": "/kind/resolv.conf"})
+            kubelet |= {"resolvConf": "/kind/resolv.conf"}
+    return {
+        "kind": "Cluster",
+        "apiVersion": "kind.x-k8s.io/v1alpha4",
+        "networking": {
+            "disableDefaultCNI": cluster.own_image,
+            "ipFamily": "ipv4",
+            "podSubnet": network.PODS,
+        },
+        "featureGates": {"MutatingAdmissionPolicy": True},
+        "runtimeConfig": {"admissionregistration.k8s.io/v1beta1": "true"},
+        "kubeadmConfigPatches": [
+            json.dumps({"kind": "ClusterConfiguration", **plane}),
+            json.dumps({"kind": "KubeletConfiguration", "failSwapOn": False, **kubelet}),
+        ],
+        "nodes": [{"role": role, "extraMounts": mounts} for role in ("control-plane", "worker")],
+    }
+
+
+def _with_ranges(cluster: Cluster) -> list[dict[str, Any]] | None:
+    nodes = cluster.client.list("v1", "Node")
+    ready = len(nodes) == len(cluster.nodes) and all("podCIDR" in n["spec"] for n in nodes)
+    return nodes if ready else None
+
+
+def _ready(cluster: Cluster) -> bool:
+    client = cluster.client
+    nodes = client.list("v1", "Node")
+    deployments = [
+        *client.list("apps/v1", "Deployment", "kube-system"),
+        *client.list("apps/v1", "Deployment", "local-path-storage"),
+    ]
+    # Two of them: CoreDNS, and the provisioner of volumes.
+    return (
+        len(nodes) == len(cluster.nodes)
+        and len(deployments) >= 2
+        and all(_has(node, "Ready") for node in nodes)
+        and all(_has(deployment, "Available") for deployment in deployments)
+    )
+
+
+def _has(thing: dict[str, Any], condition: str) -> bool:
+    found = thing.get("status", {}).get("conditions", [])
+    return any(c["type"] == condition and c["status"] == "True" for c in found)
+
+
+def _await(ask: Callable[[], T | None], what: str) -> T:
+    end = time.monotonic() + READY_S
+    while not (answer := ask()):
+        if time.monotonic() > end:
+            raise HarnessError(f"waited {READY_S:.0f} s in vain for {what}", "see the nodes' logs")
+        time.sleep(0.2)
+    return answer
+
+
+def _delete(cluster: Cluster) -> None:
+    if cluster.folder.exists():
+        if daemon.is_own() or machine.docker_answers():
+            _thaw_all(cluster)
+            _kind("delete", "cluster", "--name", cluster.name)
+            daemon.docker("network", "rm", "kind", check=False)  # refused while others use it
+        shutil.rmtree(cluster.folder)
+
+
+def _thaw_all(cluster: Cluster) -> None:
+    """A frozen container cannot be removed."""
+    for node in cluster.nodes:
+        daemon.docker("unpause", node, check=False)
+
+
+def _keep_logs_of_failure(cluster: Cluster) -> None:
+    folder = ROOT / "logs" / f"cluster-{cluster.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _kind("export", "logs", str(folder), "--name", cluster.name)
+    except HarnessError as error:
+        say(f"no logs of the nodes: {error.message}")
+    else:
+        say(f"logs of the nodes are in {folder}")
+
+
+def _kind(*arguments: str) -> None:
+    log = ROOT / "logs" / "kind.log"
+    run_logged(
+        [tool("kind"), *arguments],
+        f"kind {' '.join(arguments[:2])}",
+        log,
+        environment=daemon.environment(),
+    )
+
+
+def _pulls() -> bool:
+    if images.exists(PULLED_NODE):
+        return True
+    say(f"pulling {PULLED_NODE}")
+    try:
+        done = subprocess.run(
+            ["docker", "pull", "--quiet", PULLED_NODE],
+            capture_output=True,
+            check=False,
+            timeout=PULL_S,
+            env={**os.environ, **daemon.environment()},
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+@contextmanager
+def cluster(name: str = DEFAULT_NAME) -> Iterator[Cluster]:
+    """A cluster for a while; one that was there already stays."""
+    was_there = find(name) is not None
+    try:
+        yield up(name)
+    finally:
+        if not was_there:
+            down(name)

@@ -1,0 +1,149 @@
+"""Programs that the tests need, each built once from pinned Go modules (`go/*/go.mod`).
+
+Where the machine has a helm of its own, of the right major version, that one is taken.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+
+from cluster.harness.cache import ROOT, cached, digest
+from cluster.harness.errors import HarnessError
+from cluster.harness.progress import run_logged, say
+
+MODULES = Path(__file__).parent / "go"
+GO_MINIMUM = "1.24"
+COMPONENTS = (
+    "kube-apiserver",
+    "kubectl",
+    "kube-controller-manager",
+    "kubelet",
+    "kubeadm",
+    "kube-scheduler",
+    "kube-proxy",
+)
+# What the tests against an API server without nodes need.
+API_TOOLS = ("etcd", "kube-apiserver", "kubectl", "kube-controller-manager")
+
+
+# The module that each folder under `go/` is there for.
+MODULES_PINNED = {
+    "kubernetes": "k8s.io/kubernetes",
+    "etcd": "go.etcd.io/etcd/server/v3",
+    "helm": "helm.sh/helm/v3",
+    "kind": "sigs.k8s.io/kind",
+    "coredns": "github.com/coredns/coredns",
+    "local-path": "github.com/rancher/local-path-provisioner",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A Go package, and the folder under `go/` whose go.mod pins it."""
+
+    module: str
+    package: str
+
+
+RECIPES = {
+    "etcd": Recipe("etcd", "go.etcd.io/etcd/server/v3"),
+    **{name: Recipe("kubernetes", f"k8s.io/kubernetes/cmd/{name}") for name in COMPONENTS},
+    "helm": Recipe("helm", "helm.sh/helm/v3/cmd/helm"),
+    "kind": Recipe("kind", "sigs.k8s.io/kind"),
+    "coredns": Recipe("coredns", "."),
+    "pause": Recipe("pause", "."),
+    "local-path-provisioner": Recipe("local-path", "github.com/rancher/local-path-provisioner"),
+}
+
+
+def tool(name: str) -> Path:
+    """The program of that name, built now if need be (minutes, the first time).
+
+    Raises:
+        HarnessError: there is no Go, or it could not be built.
+    """
+    if name == "helm" and (found := _helm_of_the_machine()):
+        return found
+    recipe = RECIPES[name]
+    folder = MODULES / recipe.module
+    inputs = digest(folder, recipe.package, *_link_flags(recipe.module), os.uname().machine)
+    return cached(name, inputs, lambda target: _build(name, recipe, target))
+
+
+def tools(names: Iterable[str]) -> dict[str, Path]:
+    """Several programs, one after the other."""
+    return {name: tool(name) for name in names}
+
+
+@once
+def version_of(module: str) -> str:
+    """The version that a folder's go.mod pins, such as `v1.34.4`."""
+    path = MODULES_PINNED[module]
+    pinned = (MODULES / module / "go.mod").read_text()
+    found = re.search(rf"^(?:require |\t){re.escape(path)} (v\S+)", pinned, re.MULTILINE)
+    if found is None:
+        raise HarnessError(f"go/{module}/go.mod does not pin {path}", "add it under `require`")
+    return found[1]
+
+
+def _link_flags(module: str) -> tuple[str, ...]:
+    """Versions that a release build would link in; what is left out says v0.0.0 or 1.20."""
+    _, minor, *_ = version_of("kubernetes").lstrip("v").split(".")
+    if module == "kubernetes":
+        base = "k8s.io/component-base/version"
+        return (
+            f"-X {base}.gitVersion={version_of(module)}",
+            f"-X {base}.gitMajor=1",
+            f"-X {base}.gitMinor={minor}",
+        )
+    if module == "helm":
+        pkg = "helm.sh/helm/v3"
+        return (
+            f"-X {pkg}/internal/version.version={version_of(module)}",
+            *(
+                f"-X {pkg}/pkg/{part}.k8sVersion{which}={number}"
+                for part in ("chartutil", "lint/rules")
+                for which, number in (("Major", "1"), ("Minor", minor))
+            ),
+        )
+    return ()
+
+
+def _build(name: str, recipe: Recipe, target: Path) -> None:
+    if shutil.which("go") is None:
+        raise HarnessError(
+            f"{name} is built from its Go module, and there is no `go` on PATH",
+            f"install Go {GO_MINIMUM} or newer",
+        )
+    began = time.monotonic()
+    version = version_of(recipe.module) if recipe.module in MODULES_PINNED else ""
+    say(f"building {name} {version}".rstrip() + f" (minutes, once; kept in {ROOT})")
+    log = ROOT / "logs" / f"{name}.log"
+    log.unlink(missing_ok=True)
+    flags = " ".join(("-s", "-w", *_link_flags(recipe.module)))
+    run_logged(
+        ["go", "build", "-trimpath", "-ldflags", flags, "-o", target, recipe.package],
+        f"building {name}",
+        log,
+        cwd=MODULES / recipe.module,
+        environment={"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false"},
+    )
+    say(f"built {name} in {time.monotonic() - began:.0f} s")
+
+
+@once
+def _helm_of_the_machine() -> Path | None:
+    found = shutil.which("helm")
+    if found is None:
+        return None
+    said = subprocess.run(
+        [found, "version", "--short"], capture_output=True, text=True, check=False
+    )
+    major = version_of("helm").split(".")[0]
+    return Path(found) if said.stdout.startswith(f"{major}.") else None
