@@ -36,15 +36,13 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from casparian_flow.domain.errors import ConfigError
+from casparian_flow.logs import LogFormat
 
 CONFIG_NAME = "global_config.toml"
 CONFIG_VARIABLE = "CASPARIAN_CONFIG"
 ENVIRONMENT_PREFIX = "CASPARIAN_"
 MAX_CONFIG_BYTES = 1 << 20
 ADDRESS_PATTERN = r"^tcp://[^\s/]+:\d{1,5}$"
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-"""Of every service."""
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +121,20 @@ class WorkerSettings(_Section):
     drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     """Seconds that running jobs may go on when a worker is asked to stop."""
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
-    """Port of the worker's Prometheus metrics on loopback; 0 turns them off."""
+    """Port of the worker's `/metrics`, `/healthz` and `/readyz`; 0 turns them off."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which that port is opened. In a pod `0.0.0.0`, so that the node reaches it."""
+    launcher: Path | None = None
+    """Socket of the launcher in a pod's plugin container, where plugins run then. Empty: the worker
+    starts their processes itself."""
+    environments_read_only: bool = False
+    """Whether `cache_dir` holds environments that were provisioned, and none is made here."""
+    index_url: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    """Package index that environments are made from. Empty: the one that each lock file names."""
+    wheelhouse: Path | None = None
+    """Folder of wheels that environments are made from, without any index."""
+    ca_file: Path | None = None
+    """Certificates by which the index is trusted, in PEM. Empty: the system's."""
 
 
 class ScoutSettings(_Section):
@@ -162,6 +173,8 @@ class LoggingSettings(_Section):
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
+    format: LogFormat = "text"
+    """Lines for people, or one JSON object a line."""
 
 
 class ApprovalsSettings(_Section):
@@ -217,9 +230,10 @@ class RetentionSettings(_Section):
 class SandboxSettings(_Section):
     """What must hold around a plugin."""
 
-    require: tuple[str, ...] = ()
-    """Measures without which a worker refuses to run plugins. Empty: what the system allows is
-    applied, and `casparian status` shows the rest."""
+    require: tuple[str, ...] | None = None
+    """Measures without which a worker refuses to run plugins. Unset: in a pod (`[worker] launcher`)
+    those of docs/sandbox.md, else none; what the system allows is applied, and `casparian status`
+    shows the rest."""
 
 
 class OperatorSettings(_Section):
@@ -528,6 +542,9 @@ def _anchored(loaded: Settings, folder: Path) -> Settings:
                     "output_root": absolute(worker.output_root),
                     "scratch": absolute(worker.scratch),
                     "cache_dir": absolute(worker.cache_dir),
+                    "launcher": absolute(worker.launcher),
+                    "wheelhouse": absolute(worker.wheelhouse),
+                    "ca_file": absolute(worker.ca_file),
                 }
             ),
             "mcp": loaded.mcp.model_copy(

@@ -58,9 +58,10 @@ def test_a_locked_plugin_runs_with_its_own_packages_and_no_others(
 
 
 UV_DOUBLE = """#!/bin/sh
+[ "$1" = venv ] || exit 0
 echo built >> "$0.log"
 sleep 0.3
-mkdir -p "$UV_PROJECT_ENVIRONMENT/lib/python3.11/site-packages"
+mkdir -p "$2/lib/python3.11/site-packages"
 """
 
 
@@ -80,7 +81,7 @@ def test_a_byte_changed_in_an_environment_is_named_and_nothing_is_run_with_it(
     tmp_path: Path,
 ) -> None:
     uv = tmp_path / "uv"
-    uv.write_text(UV_DOUBLE + 'echo "x = 1" > "$UV_PROJECT_ENVIRONMENT/lib/tiny.py"\n')
+    uv.write_text(UV_DOUBLE + 'echo "x = 1" > "$2/lib/tiny.py"\n')
     uv.chmod(0o755)
     cache = EnvironmentCache(str(tmp_path / "cache"), uv=str(uv))
     prefix = Path(cache.obtain(LOCK).prefix)
@@ -179,7 +180,7 @@ def test_a_lock_without_pyarrow_fails_the_job_with_the_reason(
 
 def test_uvs_own_message_is_kept(tmp_path: Path) -> None:
     cache = EnvironmentCache(str(tmp_path))
-    with pytest.raises(LaunchError, match=r"uv sync failed: .*Python") as caught:
+    with pytest.raises(LaunchError, match=r"uv tree failed: .*Python") as caught:
         cache.obtain(LOCK.replace('">=3.11"', '">=3.99"', 1))
     assert caught.value.transient is False
     assert not list((tmp_path / "environments").glob(".build-*"))
@@ -190,7 +191,7 @@ def test_an_unreachable_registry_may_be_tried_again(
 ) -> None:
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
-    lock = LOCK.replace("https://files.pythonhosted.org", "http://127.0.0.1:9")
+    lock = LOCK.replace("https://pypi.org/simple", "http://127.0.0.1:9/simple")
     with pytest.raises(LaunchError) as caught:
         EnvironmentCache(str(tmp_path)).obtain(lock)
     assert caught.value.transient is True

@@ -11,7 +11,7 @@ import pytest
 from plugin_runs import Bench, collect, handler
 
 from casparian_flow.domain.failures import Reason
-from casparian_worker.guest_process import descendants
+from casparian_worker.guest_family import descendants
 from casparian_worker.plugin_events import Batch, Failed, RunRequest, Started
 from casparian_worker.runtime import PluginRuntime
 
@@ -403,10 +403,10 @@ def test_a_crash_is_charged_to_the_file_begun_and_the_others_run(bench: Bench) -
 def test_a_kernel_out_of_memory_kill_is_told_from_a_crash(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from casparian_worker import guest_process
+    from casparian_worker import guest_family
 
     counts = iter([5, 6])
-    monkeypatch.setattr(guest_process, "oom_kills", lambda: next(counts))
+    monkeypatch.setattr(guest_family, "oom_kills", lambda: next(counts))
     failed = bench.run(handler("import os\nos.kill(os.getpid(), 9)")).failed
     assert failed.reason is Reason.OUT_OF_MEMORY
 

@@ -289,7 +289,7 @@ import sys
 sys.path[:0] = {sys.path!r}
 import os
 from plugin_runs import *
-from casparian_worker.guest_process import descendants
+from casparian_worker.guest_family import descendants
 runtime = PluginRuntime(scratch_root={str(tmp_path / "s")!r}, cache_root={str(tmp_path / "c")!r})
 bench = Bench(runtime, None)
 run = bench.run(handler("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n"

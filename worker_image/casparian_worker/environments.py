@@ -1,14 +1,17 @@
 """Python environments for plugins: the worker's own, or one per lockfile, built by uv and cached.
 
     <cache>/environments/<sha256 of the lock and the interpreter>/
-        venv/          made by `uv sync --frozen`
+        venv/          made by `uv venv`, `uv export --frozen` and `uv pip install --require-hashes`
         files.json     every file in it, with its SHA-256
         ready.json     written last; its modification time says when it was last used
     <cache>/environments/<the same>.lock    exclusive while building or removing, shared while used
 
 A build happens in a folder of another name and is renamed when complete, so that a killed worker
 leaves nothing that looks usable. Only wheels are installed: building from source would run the
-package's code outside of any sandbox.
+package's code outside of any sandbox. The index may be another than the lock names, since every
+wheel must have a hash that the lock gives; `uv sync` would insist on the lock's.
+
+Where environments are provisioned beforehand (provision.py), workers only read them.
 """
 
 import contextlib
@@ -25,10 +28,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.failures import Reason
-from casparian_flow.domain.lockfile import LockError, read_lock, uv_program
+from casparian_flow.domain.lockfile import Lock, LockError, read_lock, uv_program
+from casparian_worker.guest_kit import base_python
 from casparian_worker.installed import Installed, record
 from casparian_worker.plugin_events import LaunchError
 
@@ -53,6 +59,38 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class WheelSource:
+    """Where wheels come from; by default from where the lock says.
+
+    Attributes:
+        index_url: of a package index.
+        wheelhouse: folder of wheels, used without any index.
+        ca_file: certificates by which the index is trusted, in PEM.
+    """
+
+    index_url: str = ""
+    wheelhouse: str = ""
+    ca_file: str = ""
+
+    def options(self, lock: Lock) -> list[str]:
+        """For `uv pip install`."""
+        if self.wheelhouse:
+            return ["--no-index", "--find-links", self.wheelhouse]
+        # uv's own variables stand above what the lock says, and below the settings.
+        if self.index_url or not _INDEX_VARIABLES & os.environ.keys():
+            first, *more = [self.index_url] if self.index_url else lock.indexes or ("",)
+            options = ["--default-index", first] if first else []
+            return options + [option for url in more for option in ("--index", url)]
+        return []
+
+    def variables(self) -> dict[str, str]:
+        return {"SSL_CERT_FILE": self.ca_file} if self.ca_file else {}
+
+
+_INDEX_VARIABLES = frozenset({"UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_NO_INDEX", "UV_FIND_LINKS"})
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """What a plugin's process is started with.
 
@@ -67,15 +105,6 @@ class Environment:
     site: tuple[str, ...]
     prefix: str
     code: tuple[str, ...]
-
-
-def base_python() -> str:
-    """The interpreter behind the worker's own environment.
-
-    An environment's own `bin/python` is never run, since a wheel may have replaced it.
-    """
-    base: str = getattr(sys, "_base_executable", sys.executable)
-    return os.path.realpath(base)
 
 
 def own_environment() -> Environment:
@@ -105,16 +134,24 @@ class EnvironmentCache:
         max_bytes: int = CACHE_BYTES_MAX,
         uv: str = "",
         timeout_s: float = BUILD_TIMEOUT_S,
+        wheels: WheelSource | None = None,
+        read_only: bool = False,
+        private_downloads: bool = False,
     ) -> None:
         """Nothing is made yet.
 
         Args:
             uv: the program; by default the one beside the worker's interpreter, else on PATH.
+            read_only: use what was provisioned; make, lock, mark and remove nothing.
+            private_downloads: keep uv's cache beside the build and remove it with that.
         """
         self._folder = Path(cache, "environments")
         self._max_bytes = max_bytes
         self._uv = uv or uv_program()
         self._timeout_s = timeout_s
+        self._wheels = wheels or WheelSource()
+        self._read_only = read_only
+        self._private_downloads = private_downloads
         self._held: dict[str, int] = {}
         self._installed: dict[str, Installed] = {}
         self._turns: dict[str, threading.Lock] = {}
@@ -148,6 +185,14 @@ class EnvironmentCache:
     def _ready(self, key: str, lockfile: str, progress: Progress) -> Path:
         """The lock's folder, with a complete environment that stays while this cache is open."""
         final = self._folder / key
+        if self._read_only:
+            if not _complete(final):
+                raise _refusal(
+                    f"the environment of this lock file is not provisioned (no {final})",
+                    transient=True,
+                    hint="Provision it: python -m casparian_worker.provision.",
+                )
+            return final
         self._folder.mkdir(parents=True, exist_ok=True)
         held = self._held.get(key, -1)
         if held < 0:
@@ -230,10 +275,10 @@ class EnvironmentCache:
             (project / "uv.lock").write_text(lockfile, encoding="utf-8")
             (project / "pyproject.toml").write_text(lock.pyproject(), encoding="utf-8")
             progress(f"building an environment of {len(lock.packages)} packages")
-            self._sync(project, staged / "venv")
+            self._install(project, staged / "venv", lock)
+            shutil.rmtree(project)  # with uv's cache, whose hard links change the files' times
             size = _bytes_below(staged / "venv")
             record(staged / "venv", staged / "files.json")
-            shutil.rmtree(project)
             shutil.rmtree(final, ignore_errors=True)  # of a removal that was cut short
             (staged / "ready.json").write_text(json.dumps({"bytes": size}), encoding="ascii")
             staged.rename(final)
@@ -241,23 +286,40 @@ class EnvironmentCache:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _sync(self, project: Path, venv: Path) -> None:
-        command = [
-            self._uv, "sync", "--frozen", "--no-default-groups", "--no-install-project",
-            "--no-build", "--no-config", "--no-progress", "--color", "never",
-            "--compile-bytecode", "--python", base_python(), "--project", str(project),
-        ]  # fmt: skip
-        variables = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH"}}
-        variables |= {"UV_PROJECT_ENVIRONMENT": str(venv), "UV_PYTHON_DOWNLOADS": "never"}
+    def _install(self, project: Path, venv: Path, lock: Lock) -> None:
+        """Install what the lock lists: wheels only, each with a hash that stands there."""
+        deadline = SystemClock().now().mono + self._timeout_s
+        wanted = project / "requirements.txt"
+        run = partial(self._run, project, deadline)
+        # Of the commands that need no index, this one refuses an interpreter that does not fit.
+        run("tree", "--frozen", "--quiet", "--project", str(project), "--python", base_python())
+        run("venv", str(venv), "--no-project", "--python", base_python())
+        run(
+            "export", "--frozen", "--project", str(project), "--output-file", str(wanted),
+            "--format", "requirements.txt", "--no-default-groups", "--no-emit-project",
+            "--no-header", "--no-annotate", "--quiet",
+        )  # fmt: skip
+        run(
+            "pip", "install", "--python", str(venv), "--requirements", str(wanted),
+            "--require-hashes", "--only-binary", ":all:", "--no-deps", "--compile-bytecode",
+            *self._wheels.options(lock),
+        )  # fmt: skip
+
+    def _run(self, project: Path, deadline: float, *command: str) -> None:
+        dropped = {"VIRTUAL_ENV", "PYTHONPATH", "UV_PROJECT_ENVIRONMENT"}
+        variables = {k: v for k, v in os.environ.items() if k not in dropped}
+        variables |= {"UV_PYTHON_DOWNLOADS": "never"} | self._wheels.variables()
+        if self._private_downloads:
+            variables["UV_CACHE_DIR"] = str(project / "cache")
         try:
             done = subprocess.run(
-                command,
+                [self._uv, *command, "--no-config", "--no-progress", "--color", "never"],
                 cwd=project,
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                timeout=self._timeout_s,
+                timeout=max(deadline - SystemClock().now().mono, 1.0),
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -271,7 +333,8 @@ class EnvironmentCache:
         if done.returncode:
             told = done.stderr[-_MESSAGE_BYTES_MAX:].decode("utf-8", "replace").strip()
             network = any(sign in told.lower() for sign in _NETWORK_SIGNS)
-            raise _refusal(f"uv sync failed: {told}", transient=network)
+            named = "pip install" if command[0] == "pip" else command[0]
+            raise _refusal(f"uv {named} failed: {told}", transient=network)
 
 
 def _complete(final: Path) -> bool:

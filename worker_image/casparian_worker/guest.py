@@ -1,6 +1,6 @@
 """The plugin's side: a family of processes that the host starts as one.
 
-    launcher   makes the namespaces, ends everything when the worker closes its end of `life`
+    launcher   makes the namespaces, ends everything when the worker closes its end of a `life`
       init     process 1 of the new process namespace: reaps orphans; its end ends them all
         guest  confines itself, loads the plugin, answers RUN frames
 
@@ -32,14 +32,15 @@ class Orders:
     """What the host passes on the command line, as JSON; nothing of it is secret.
 
     Attributes:
-        bridge, life, status: inherited descriptors.
+        bridge, status: inherited descriptors.
+        lives: likewise; pipes at the end of any of which the family ends.
         site: site-packages folders of the plugin's environment.
         prefix: its root folder.
         confinement: sandbox.Confinement as JSON.
     """
 
     bridge: int
-    life: int
+    lives: list[int]
     status: int
     site: list[str]
     prefix: str
@@ -61,7 +62,7 @@ def main() -> NoReturn:
             _be_guest(orders, report, this)
         _be_init(orders, report, this)
     os.close(orders.bridge)
-    status = supervise(child, orders.life)
+    status = supervise(child, orders.lives)
     if adopts:
         os.write(orders.status, b"%d\n" % status)
         end_descendants()
@@ -76,14 +77,15 @@ def _be_init(orders: Orders, report: sandbox.Report, launcher: int) -> NoReturn:
         os.close(launcher)
         _be_guest(orders, report, this)
     os.close(orders.bridge)
-    os.close(orders.life)
-    status = supervise(child, None)
+    for life in orders.lives:
+        os.close(life)
+    status = supervise(child, [])
     os.write(orders.status, b"%d\n" % status)
     os._exit(0)
 
 
-def supervise(child: int, life: int | None) -> int:
-    """Reap until `child` ends; kill it when `life` reaches its end.
+def supervise(child: int, lives: list[int]) -> int:
+    """Reap until `child` ends; kill it when one of `lives` reaches its end.
 
     Returns:
         The child's wait status.
@@ -93,7 +95,7 @@ def supervise(child: int, life: int | None) -> int:
     signal.set_wakeup_fd(wake)
     poll = select.poll()
     poll.register(wakes, select.POLLIN)
-    if life is not None:
+    for life in lives:
         poll.register(life, select.POLLIN | select.POLLHUP)
     while True:
         status = _reap(child)
@@ -130,7 +132,7 @@ def end_descendants() -> None:
 
 
 def _be_guest(orders: Orders, report: sandbox.Report, parent: int) -> NoReturn:
-    for descriptor in (orders.life, orders.status):
+    for descriptor in (*orders.lives, orders.status):
         os.close(descriptor)
     os.setsid()  # a signal to its own group must not mean the launcher too
     sock = socket.socket(fileno=orders.bridge)

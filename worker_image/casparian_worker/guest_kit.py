@@ -1,13 +1,15 @@
-"""The modules a plugin process needs of ours, in a folder of their own.
+"""What a plugin process is started with: the interpreter, and the modules it needs of ours.
 
-Nothing else of the worker's code can be imported by a plugin, whichever environment it runs in.
-The folder is named by its content, so that several workers and versions share a cache.
+These modules lie in a folder of their own: nothing else of the worker's code can be imported by a
+plugin, whichever environment it runs in. The folder is named by its content, so that several
+workers and versions share a cache.
 """
 
 import hashlib
 import os
 import py_compile
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +25,15 @@ _MODULES = {
     "casparian_worker": ("bridge.py", "arrow_ipc.py", "clearing.py", "guest.py", "guest_plugin.py"),
 }
 _INIT = '"""The part of Casparian Flow that plugins may import."""\n'
+
+
+def base_python() -> str:
+    """The interpreter behind the worker's own environment.
+
+    An environment's own `bin/python` is never run, since a wheel may have replaced it.
+    """
+    base: str = getattr(sys, "_base_executable", sys.executable)
+    return os.path.realpath(base)
 
 
 def kit_files() -> dict[str, bytes]:
@@ -42,17 +53,22 @@ def kit_files() -> dict[str, bytes]:
     return files
 
 
+def kit_name(files: dict[str, bytes]) -> str:
+    """Names a kit by its content."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()[:32]
+
+
 def install_kit(cache: str) -> str:
-    """The kit's folder beneath `cache`, made if it is not there.
+    """The kit's folder beneath `cache`, made if it is not there; it is named `kit_name`.
 
     Raises:
         OSError: the folder cannot be written.
     """
     files = kit_files()
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\n{len(content)}\n".encode() + content)
-    final = Path(cache, "kits", digest.hexdigest()[:32])
+    final = Path(cache, "kits", kit_name(files))
     if final.is_dir():
         return str(final)
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,16 @@
-"""The worker's Prometheus metrics, read from its counters when somebody asks."""
+"""The worker's Prometheus metrics and its health, found out when somebody asks."""
 
 import logging
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -14,7 +20,6 @@ from casparian_worker.worker_state import Phase, WorkerState
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 COUNTERS: Mapping[str, str] = {
     "jobs_received": "Jobs dispatched to this worker.",
     "jobs_completed": "Jobs that ended well and were reported.",
@@ -96,26 +101,88 @@ class WorkerCollector(Collector):
         }
 
 
-def serve_metrics(collector: Collector, port: int) -> Callable[[], None]:
-    """Answer scrapes on a loopback port; returns what ends that.
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What probes are told; each gives a problem in words, "" for none.
+
+    Attributes:
+        live: whether the process should go on.
+        ready: whether it can take jobs now.
+    """
+
+    live: Callable[[], str]
+    ready: Callable[[], str]
+
+
+def serve_metrics(
+    collector: Collector, host: str, port: int, health: Health
+) -> tuple[int, Callable[[], None]]:
+    """Answer GET of /metrics, /healthz and /readyz.
+
+    Returns:
+        The port, and what ends it.
 
     Raises:
-        UsageError: the port is taken.
+        UsageError: the address cannot be used.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
+    pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
+        "/metrics": lambda: (200, CONTENT_TYPE_LATEST, generate_latest(registry)),
+        "/healthz": lambda: _told(health.live()),
+        "/readyz": lambda: _told(health.ready()),
+    }
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server_type = type("_Server", (_Server,), {"address_family": family})
     try:
-        server, thread = start_http_server(port, addr=LOOPBACK, registry=registry)
+        server = server_type((host, port), partial(_Handler, pages))
     except OSError as error:
         raise UsageError(
-            f"cannot serve metrics on {LOOPBACK}:{port}: {error.strerror}",
-            hint="Choose another --metrics-port, or 0 for none.",
+            f"cannot serve metrics on {host}:{port}: {error.strerror}",
+            hint="Choose another --metrics-port, or 0 for none, or another [worker] metrics_host.",
         ) from error
-    log.info("metrics on http://%s:%d/metrics", LOOPBACK, port)
+    thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    log.info("metrics on http://%s:%d/metrics", host, server.server_port)
 
     def stop() -> None:
         server.shutdown()
         server.server_close()
         thread.join(5)
 
-    return stop
+    return server.server_port, stop
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # a client that keeps its connection must not keep the worker
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 10.0
+    """Seconds that a client may take for its request."""
+
+    def __init__(
+        self,
+        pages: Mapping[str, Callable[[], tuple[int, str, bytes]]],
+        *connection: Any,
+    ) -> None:
+        self._pages = pages
+        super().__init__(*connection)
+
+    def do_GET(self) -> None:
+        page = self._pages.get(self.path.partition("?")[0])
+        status, kind, body = page() if page else (404, "text/plain", b"not found\n")
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        log.debug(format, *args)
+
+
+def _told(problem: str) -> tuple[int, str, bytes]:
+    body = f"{problem or 'ok'}\n".encode()
+    return (503 if problem else 200), "text/plain; charset=utf-8", body

@@ -44,7 +44,8 @@ from casparian_worker.bridge import (
     Kind,
     pack_json,
 )
-from casparian_worker.guest_process import GuestProcess, Launch, Verdict, too_many_processes
+from casparian_worker.guest_family import Launch, StartFamily, Verdict, too_many_processes
+from casparian_worker.guest_process import GuestProcess
 from casparian_worker.plugin_events import (
     Batch,
     Event,
@@ -117,6 +118,7 @@ class PluginHost:
         plugin: Plugin,
         *,
         launch: Callable[[], Launch],
+        start: StartFamily,
         scratch: SlotScratch,
         clock: Clock,
         depth: int = PIPELINE_DEPTH,
@@ -126,12 +128,14 @@ class PluginHost:
         Args:
             launch: how to start a process; asked before each start; may take long (it makes the
                 environment) and may raise LaunchError.
+            start: starts it, here or elsewhere.
             depth: jobs handed to the process ahead of time.
         """
         self.plugin = plugin
         self.depth = depth
         self.sandbox_report: Report = {}
         self._launch = launch
+        self._start = start
         self._scratch = scratch
         self._clock = clock
         self._lock = threading.Lock()  # over the three below
@@ -272,7 +276,7 @@ class PluginHost:
             if path:
                 rules = replace(launch.confinement, reads=(*launch.confinement.reads, path))
                 launch = replace(launch, confinement=rules)
-            process = GuestProcess(launch, self._clock)
+            process = GuestProcess(launch, self._start, self._clock)
         except LaunchError as error:
             self._fail_waiting(error.reason, error.with_hint(), error.transient)
             return False
@@ -504,7 +508,7 @@ class PluginHost:
             return self._waiting.popleft() if self._waiting else None
 
     def _explained(self, warm: _Warm, verdict: Verdict) -> Verdict:
-        if warm.confined:
+        if warm.confined or verdict.transient is True:
             return verdict
         if verdict.reason in {Reason.EXITED, Reason.CRASHED}:
             return Verdict(Reason.SANDBOX, f"the sandbox could not be set up: {verdict.message}")

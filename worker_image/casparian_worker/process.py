@@ -19,7 +19,7 @@ from types import FrameType
 from casparian_flow import __version__
 from casparian_flow.domain.clock import Clock, SystemClock
 from casparian_worker.mailbox import Mailbox
-from casparian_worker.metrics import WorkerCollector, serve_metrics
+from casparian_worker.metrics import Health, WorkerCollector, serve_metrics
 from casparian_worker.runner import Runner, RunnerConfig, Runtime
 from casparian_worker.sinks.base import MssqlSettings, SinkEnvironment
 from casparian_worker.sinks.root import OutputRoot
@@ -36,6 +36,8 @@ LOOKAHEAD = 16
 SWITCH_INTERVAL_S = 0.001
 """So that the wire's loop answers heartbeats while other threads compute."""
 EXIT_AT_ONCE = 130
+STUCK_S = 30.0
+"""Of the wire's loop, which turns ten times a second, before it counts as stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class ProcessConfig:
         output_root: folder below which file sinks write; made if it is missing.
         slots: plugin processes at work at once; 0 for one a processor.
         worker_id: for people; "" for one made of host name and process id.
-        metrics_port: loopback port for Prometheus, 0 for none.
+        metrics_port: for Prometheus and probes, 0 for none.
+        metrics_host: address on which it is opened.
         drain_s: how long running jobs may take after a signal.
         ledger_path: the ledger's file, which no sink may write to; "" if unknown.
     """
@@ -57,6 +60,7 @@ class ProcessConfig:
     slots: int = 0
     worker_id: str = ""
     metrics_port: int = 0
+    metrics_host: str = "127.0.0.1"
     drain_s: float = 60.0
     ledger_path: str = ""
     mssql: MssqlSettings = field(default_factory=MssqlSettings)
@@ -83,6 +87,7 @@ def run(config: ProcessConfig, make_runtime: RuntimeFactory, clock: Clock | None
         environment = SinkEnvironment(root, clock, config.mssql, config.ledger_path)
         mailbox = Mailbox()
         cleanup.callback(mailbox.close)
+        cleanup.enter_context(_drain_on_signals(mailbox))
         runtime = make_runtime()
         identity = _worker_config(config, slots, root.root_id, runtime.probe())
         state = WorkerState(identity)
@@ -92,12 +97,26 @@ def run(config: ProcessConfig, make_runtime: RuntimeFactory, clock: Clock | None
         cleanup.callback(wire.close)
         if config.metrics_port:
             collector = WorkerCollector(state, wire.counts, lambda: runner.counts)
-            cleanup.callback(serve_metrics(collector, config.metrics_port))
-        cleanup.enter_context(_drain_on_signals(mailbox))
+            health = _health(wire, runtime, clock)
+            _, stop = serve_metrics(collector, config.metrics_host, config.metrics_port, health)
+            cleanup.callback(stop)
         log.info("worker %s: %d slot(s), output in %s", state.config.worker_id, slots, root.path)
         wire.run()
     log.info("worker %s ends", state.config.worker_id)
     return 0
+
+
+def _health(wire: Wire, runtime: Runtime, clock: Clock) -> Health:
+    def live() -> str:
+        silent_s = clock.now().mono - wire.counts.turned_at
+        return f"the loop has not turned for {silent_s:.0f} s" if silent_s > STUCK_S else ""
+
+    def ready() -> str:
+        if not wire.counts.contact:
+            return "no Sentinel answers"
+        return live() or runtime.problem()
+
+    return Health(live, ready)
 
 
 def _worker_config(

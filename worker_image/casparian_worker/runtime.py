@@ -12,16 +12,31 @@ from casparian_flow.protocol.messages import Plugin
 from casparian_flow.trust.rules import TrustSource
 from casparian_worker import sandbox
 from casparian_worker.environments import Environment, EnvironmentCache, own_environment
+from casparian_worker.guest_family import EndFamily, Family, Launch, Lines, LocalFamily
 from casparian_worker.guest_kit import install_kit
-from casparian_worker.guest_process import Launch
 from casparian_worker.plugin_events import Failed, LaunchError, RunRequest
 from casparian_worker.plugin_host import PluginHost
+from casparian_worker.remote_family import PluginContainer, shared_group
 from casparian_worker.scratch import Scratch, SlotScratch
 from casparian_worker.source import COPY_BYTES_MAX, Source, open_source, sample_source
 from casparian_worker.trust_check import require_trusted
 
 UID_BASE = 60_600
 """Of a range that neither distributions nor systemd assign to anyone."""
+POD_REQUIRED = (
+    "environment",
+    "limits",
+    "no_new_privs",
+    "landlock",
+    "capabilities",
+    "parent_death",
+    "not_dumpable",
+    "seccomp",
+)
+"""Measures that hold in a container without rights; it shares its pod's network, so that the
+filter is what keeps a plugin from it."""
+WHOLE_FILE = 1 << 62
+"""Where another container runs the plugins, every input is copied: it has no sources."""
 THREADS_MAX = 4
 """Threads a numeric library starts; libraries would take one per core, beyond the task limit."""
 
@@ -67,25 +82,39 @@ class PluginRuntime:
         progress: Callable[[str], None] = lambda _: None,
         copy_limit: int = COPY_BYTES_MAX,
         trust: TrustSource | None = None,
+        environments: EnvironmentCache | None = None,
+        container: PluginContainer | None = None,
     ) -> None:
-        """Make the scratch folder, remove those of dead workers, and install the guest kit.
+        """Make the scratch folder, remove those of dead workers, and have a guest kit.
 
         Args:
+            environments: by default those that are made below `cache_root`.
+            container: where plugins run, if not beside this process; closed with the runtime.
             trust: the rules that every plugin must satisfy at each start of its process; None runs
                 whatever it is handed, which is for programs that have checked it themselves.
 
         Raises:
             OSError: one of the folders cannot be written.
+            LaunchError: the container is not there, or does not fit.
         """
         self.policy = policy or SandboxPolicy()
         self._clock = clock or SystemClock()
         self._progress = progress
-        self._copy_limit = copy_limit
         self._trust = trust
         self._numbers = itertools.count(1)
-        self._kit = install_kit(cache_root)
-        self._environments = EnvironmentCache(cache_root)
-        self._scratch = Scratch(scratch_root, uid_base=self.policy.uid_base)
+        self._environments = environments or EnvironmentCache(cache_root)
+        self._container = container
+        if container is None:
+            self._copy_limit = copy_limit
+            self._kit = install_kit(cache_root)
+            self._scratch = Scratch(scratch_root, uid_base=self.policy.uid_base)
+        else:
+            there = container.hello()
+            self._copy_limit = WHOLE_FILE
+            self._kit = there.kit
+            self._scratch = Scratch(
+                scratch_root, group=shared_group(there), elsewhere=there.scratch
+            )
 
     def host(
         self, plugin: Plugin, slot: int, progress: Callable[[str], None] | None = None
@@ -105,7 +134,19 @@ class PluginRuntime:
             environment = self._environments.obtain(plugin.lockfile, progress or self._progress)
             return self._launch(environment, scratch, plugin.limits)
 
-        return PluginHost(plugin, launch=launch, scratch=scratch, clock=self._clock)
+        return self._host(plugin, launch, scratch)
+
+    def _host(
+        self, plugin: Plugin, launch: Callable[[], Launch], scratch: SlotScratch
+    ) -> PluginHost:
+        return PluginHost(
+            plugin, launch=launch, start=self._start, scratch=scratch, clock=self._clock
+        )
+
+    def _start(self, launch: Launch, lines: Lines, end: EndFamily) -> Family:
+        if self._container is not None:
+            return self._container.start(launch, lines, end)
+        return LocalFamily(launch, lines, end, self._clock)
 
     def source(self, slot: int, *, path: str, content_hash: str, size: int) -> Source:
         """The bytes of one file version, ready for the slot's plugin. See source.open_source."""
@@ -131,7 +172,7 @@ class PluginRuntime:
         plugin = Plugin("probe", "probe", "0", "", _PROBE, "", "", (), "{}", "", Limits())
         scratch = self._private(0)
         launch = self._launch(own_environment(), scratch, plugin.limits)
-        host = PluginHost(plugin, launch=lambda: launch, scratch=scratch, clock=self._clock)
+        host = self._host(plugin, lambda: launch, scratch)
         try:
             for event in host.run(RunRequest("probe", scratch.tmp)):
                 if isinstance(event, Failed):
@@ -140,19 +181,27 @@ class PluginRuntime:
         finally:
             host.stop()
 
+    def problem(self) -> str:
+        """Why no plugin could be started now; "" if nothing is known against it."""
+        return self._container.problem() if self._container is not None else ""
+
     def close(self) -> None:
         """Remove the scratch folder. Hosts must have been stopped."""
         self._environments.close()
+        if self._container is not None:
+            self._container.close()
         self._scratch.close()
 
     def _private(self, slot: int) -> SlotScratch:
         return self._scratch.slot(slot).private(f"host-{next(self._numbers)}")
 
     def _launch(self, environment: Environment, scratch: SlotScratch, limits: Limits) -> Launch:
+        # What was in another container's folder may still be going when the next process starts.
+        tmp = f"{scratch.tmp}-{next(self._numbers)}" if scratch.elsewhere else scratch.tmp
         confinement = sandbox.Confinement(
             code=(*environment.code, self._kit),
             reads=(scratch.input,),
-            writes=(scratch.tmp,),
+            writes=(tmp,),
             uid=scratch.uid,
             memory_mb=limits.memory_mb,
             pids=limits.pids,
@@ -167,7 +216,7 @@ class PluginRuntime:
             prefix=environment.prefix,
             confinement=confinement,
             log_bytes=limits.log_bytes,
-            variables=_variables(scratch.tmp, self.policy.threads),
+            variables=_variables(tmp, self.policy.threads),
         )
 
 

@@ -26,11 +26,15 @@ class SlotScratch:
 
     Attributes:
         uid: user (and group) id of the slot's plugins, 0 where they share the worker's.
+        group: by which another container's plugins read the input, 0 where there is none.
+        elsewhere: folder of that container in which its launcher makes and removes `tmp`.
     """
 
     input: str
     tmp: str
     uid: int
+    group: int = 0
+    elsewhere: str = ""
 
     def new_input(self, name: str) -> str:
         """A fresh folder for one job's input, readable by the slot's user and no other.
@@ -44,13 +48,15 @@ class SlotScratch:
 
     def show(self, path: str | int, mode: int) -> None:
         """Let the slot's user in by its group."""
-        if self.uid:
-            os.chown(path, -1, self.uid)
+        if self.uid or self.group:
+            os.chown(path, -1, self.uid or self.group)
         os.chmod(path, mode)
 
     def private(self, name: str) -> "SlotScratch":
         """The same with a writable folder of its own, for one of several hosts in the slot."""
-        own = replace(self, tmp=os.path.join(self.tmp, name))
+        own = replace(self, tmp=os.path.join(self.elsewhere or self.tmp, name))
+        if self.elsewhere:
+            return own
         os.makedirs(own.tmp, exist_ok=True)
         os.chmod(own.tmp, 0o700)
         if self.uid:
@@ -59,11 +65,13 @@ class SlotScratch:
 
     def clear_tmp(self) -> None:
         """Empty the folder the plugin writes to; called when its process is gone."""
-        clearing.empty(self.tmp)
+        if not self.elsewhere:
+            clearing.empty(self.tmp)
 
     def remove_tmp(self) -> None:
         """Remove it when its host is stopped for good."""
-        clearing.remove(self.tmp)
+        if not self.elsewhere:
+            clearing.remove(self.tmp)
 
 
 class Scratch:
@@ -72,11 +80,14 @@ class Scratch:
     Opening removes what workers that are gone left behind.
     """
 
-    def __init__(self, root: str, *, uid_base: int = 0) -> None:
+    def __init__(
+        self, root: str, *, uid_base: int = 0, group: int = 0, elsewhere: str = ""
+    ) -> None:
         """Make them.
 
         Args:
             uid_base: first user id that slots may take when the worker is root, 0 for none.
+            group, elsewhere: see SlotScratch; for plugins in another container.
 
         Raises:
             OSError: the root cannot be written.
@@ -88,7 +99,8 @@ class Scratch:
         # Locked before it has the name that `remove_dead` looks for.
         self._lock = _hold(os.path.join(self.folder, "lock.new"))
         os.rename(os.path.join(self.folder, "lock.new"), os.path.join(self.folder, "lock"))
-        self._uid_base = uid_base if os.geteuid() == 0 else 0
+        self._uid_base = uid_base if os.geteuid() == 0 and not elsewhere else 0
+        self._group, self._elsewhere = group, elsewhere
         self._users: dict[int, tuple[int, int]] = {}
         self._slots: dict[int, SlotScratch] = {}
 
@@ -99,7 +111,13 @@ class Scratch:
             return known
         uid = self._user(number)
         base = os.path.join(self.folder, f"slot-{number}")
-        slot = SlotScratch(os.path.join(base, "input"), os.path.join(base, "tmp"), uid)
+        slot = SlotScratch(
+            os.path.join(base, "input"),
+            os.path.join(base, "tmp"),
+            uid,
+            self._group,
+            self._elsewhere,
+        )
         for folder in (base, slot.input, slot.tmp):
             os.makedirs(folder, exist_ok=True)
             slot.show(folder, 0o750)

@@ -72,12 +72,16 @@ class Work(Protocol):
 
 @dataclass(slots=True)
 class WireCounts:
-    """Totals since start, for metrics."""
+    """Totals since start and how it stands, for metrics and probes."""
 
     messages_sent: int = 0
     messages_received: int = 0
     protocol_errors: int = 0
     sends_dropped: int = 0
+    turned_at: float = 0.0
+    """When the loop began its last turn, on the monotonic clock."""
+    contact: bool = False
+    """Whether the Sentinel answers."""
 
 
 class Wire:
@@ -102,7 +106,7 @@ class Wire:
         clock: Clock,
         random_bytes: Callable[[int], bytes],
     ) -> None:
-        self.counts = WireCounts()
+        self.counts = WireCounts(turned_at=clock.now().mono)
         self._address = address
         self._state = state
         self._work = work
@@ -142,6 +146,7 @@ class Wire:
             tick_at = 0.0
             while not self._exit:
                 now = self._clock.now()
+                self.counts.turned_at = now.mono
                 if now.mono >= tick_at:
                     tick_at = now.mono + TICK_S
                     self._handle(e.Tick(), now)
@@ -285,7 +290,7 @@ class Wire:
         elif not contact and self._remind_at is not None and now.mono >= self._remind_at:
             log.warning("no Sentinel answers at %s; waiting for it", self._address)
             self._remind_at = now.mono + REMINDER_S
-        self._contact = contact
+        self._contact = self.counts.contact = contact
 
     def _stop(self) -> None:
         self._exit = True

@@ -1,6 +1,5 @@
 """The root of the command line, and how errors leave it."""
 
-import logging
 import os
 import sys
 import traceback
@@ -26,8 +25,8 @@ from casparian_flow.cli import (
     status,
 )
 from casparian_flow.cli.context import App, CommandGroup
-from casparian_flow.config import LOG_FORMAT
 from casparian_flow.domain.errors import CasparianError
+from casparian_flow.logs import start_logging
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong request or configuration, 4 not found,
@@ -72,7 +71,7 @@ def cli(context: click.Context, config: Path | None, debug: bool, die_with: int 
     app.config, app.debug = config or app.config, debug
     context.call_on_close(app.close)
     if debug:
-        logging.basicConfig(level=logging.DEBUG, format=LOG_FORMAT)
+        start_logging("DEBUG")
     if die_with is not None:
         from casparian_flow.cli.process import die_with_parent
 

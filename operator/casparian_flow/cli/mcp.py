@@ -1,14 +1,13 @@
 """`casparian mcp`: serving a model's client."""
 
-import logging
-import sys
 
 import click
 
 from casparian_flow.cli.context import App, CommandGroup, pass_app
-from casparian_flow.config import LOG_FORMAT, overridden
+from casparian_flow.config import overridden
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import ConfigError
+from casparian_flow.logs import start_logging
 
 
 @click.group(cls=CommandGroup)
@@ -45,7 +44,7 @@ def serve(app: App, http: bool, host: str | None, port: int | None) -> None:
     if not http and (host is not None or port is not None):
         raise click.UsageError("--host and --port go with --http")
     settings = overridden(app.settings, "mcp", host=host, port=port)
-    logging.basicConfig(level=settings.logging.level, format=LOG_FORMAT, stream=sys.stderr)
+    start_logging(settings.logging.level, settings.logging.format)
     audit = AuditLog(settings.mcp.audit_log)
     audit.require()
     desk = Desk(settings, app.connector, SystemClock())

@@ -1,7 +1,6 @@
 """The services one by one: sentinel, worker, scout; and how a running Sentinel is stopped."""
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +10,9 @@ import click
 from casparian_flow.cli.context import App, output_option, pass_app
 from casparian_flow.cli.output import show_data
 from casparian_flow.cli.process import stop_on_signals
-from casparian_flow.config import (
-    ENVIRONMENT_PREFIX,
-    LOG_FORMAT,
-    Settings,
-    overridden,
-    worker_address,
-)
+from casparian_flow.config import Settings, overridden, worker_address
+from casparian_flow.logs import start_logging, start_logging_from_environment
 from casparian_flow.sentinel.api import Row
-
-LEVEL_VARIABLE = f"{ENVIRONMENT_PREFIX}LOGGING__LEVEL"
 
 metrics_option = click.option(
     "--metrics-port",
@@ -32,12 +24,10 @@ metrics_option = click.option(
 
 def service_settings(app: App) -> Settings:
     """Read the settings, and have what this process says go to stderr as they ask."""
-    if app.debug:
-        return app.settings
     # Reading the settings has something to say already, so logging begins before it.
-    logging.basicConfig(level=os.environ.get(LEVEL_VARIABLE, "INFO"), format=LOG_FORMAT)
+    start_logging_from_environment()
     settings = app.settings
-    logging.getLogger().setLevel(settings.logging.level)
+    start_logging("DEBUG" if app.debug else settings.logging.level, settings.logging.format)
     return settings
 
 
@@ -72,6 +62,12 @@ def sentinel(app: App, bind_address: str | None, metrics_port: int | None) -> No
 )
 @click.option("--slots", type=click.IntRange(1, 1024), help="Plugins that run at a time.")
 @click.option("--worker-id", default="", metavar="NAME", help="Name shown by 'casparian workers'.")
+@click.option(
+    "--launcher",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="SOCKET",
+    help="Run plugins in the container whose launcher listens there.",
+)
 @metrics_option
 @pass_app
 def worker(
@@ -80,6 +76,7 @@ def worker(
     output_root: Path | None,
     slots: int | None,
     worker_id: str,
+    launcher: Path | None,
     metrics_port: int | None,
 ) -> int:
     """Run one worker.
@@ -99,6 +96,7 @@ def worker(
         connect=connect,
         output_root=output_root.absolute() if output_root else None,
         slots=slots,
+        launcher=launcher.absolute() if launcher else None,
         metrics_port=metrics_port,
     )
     return run_worker(settings, address=worker_address(settings), worker_id=worker_id)

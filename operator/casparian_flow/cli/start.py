@@ -14,7 +14,7 @@ from casparian_flow.cli.context import App, news_of_ledger, pass_app
 from casparian_flow.cli.idle import IdleJudge, active
 from casparian_flow.cli.output import last_line, one_line
 from casparian_flow.cli.progress import JobsView, jobs_view
-from casparian_flow.cli.services import LEVEL_VARIABLE, metrics_option
+from casparian_flow.cli.services import metrics_option
 from casparian_flow.cli.status import jobs_line
 from casparian_flow.cli.supervisor import (
     Child,
@@ -42,6 +42,7 @@ from casparian_flow.domain.errors import (
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.domain.wiring import PluginStatus
 from casparian_flow.domain.wording import counted
+from casparian_flow.logs import LEVEL_VARIABLE
 from casparian_flow.sentinel.api import ControlApi, Row
 
 READY_TIMEOUT_S = 60.0

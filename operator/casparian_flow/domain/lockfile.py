@@ -19,6 +19,7 @@ REQUIRED_PACKAGE = "pyarrow"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+!_-]{0,99}")
 _SPECIFIER = re.compile(r"[0-9A-Za-z.*<>=!~, ]{0,200}")
+_ADDRESS = re.compile(r"https?://[^\s]{1,1000}")
 _ROOT_SOURCES = ("virtual", "editable")
 _FOREIGN_SOURCES = {
     "git": "a git repository",
@@ -56,12 +57,14 @@ class Lock:
     Attributes:
         root: name of the project that was locked.
         packages: all others.
+        indexes: addresses of the registries that they come from, each once.
     """
 
     root: str
     root_version: str
     requires_python: str
     packages: tuple[LockedPackage, ...]
+    indexes: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """Why a worker would refuse to make this environment, one line each; empty if it can."""
@@ -130,7 +133,8 @@ def read_lock(text: str) -> Lock:
         raise LockError(f"the lock has {len(roots)} root projects, want one", hint=_HINT)
     root = _package(roots[0])
     packages = tuple(_package(entry) for entry in entries if entry is not roots[0])
-    return Lock(root.name, root.version, requires, packages)
+    indexes = dict.fromkeys(_index(entry) for entry in entries)
+    return Lock(root.name, root.version, requires, packages, tuple(filter(None, indexes)))
 
 
 _HINT = "Make it with `uv lock` in the plugin's folder."
@@ -145,6 +149,12 @@ def uv_program() -> str:
 def _is_root(entry: dict[str, Any]) -> bool:
     source = entry.get("source")
     return isinstance(source, dict) and any(source.get(kind) == "." for kind in _ROOT_SOURCES)
+
+
+def _index(entry: dict[str, Any]) -> str:
+    source = entry.get("source")
+    address = source.get("registry") if isinstance(source, dict) else ""
+    return address if isinstance(address, str) and _ADDRESS.fullmatch(address) else ""
 
 
 def _package(entry: dict[str, Any]) -> LockedPackage:

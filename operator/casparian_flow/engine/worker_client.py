@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 
 from casparian_flow.config import (
-    LOG_FORMAT,
     Settings,
     load_settings,
     overridden,
@@ -24,9 +23,13 @@ from casparian_flow.config import (
 from casparian_flow.config_trust import trust_source
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import CasparianError, UsageError
+from casparian_flow.engine.provision import wheel_source
+from casparian_flow.logs import start_logging, start_logging_from_environment
 from casparian_flow.trust.rules import TrustSource
+from casparian_worker.environments import EnvironmentCache
 from casparian_worker.process import ProcessConfig, run
-from casparian_worker.runtime import PluginRuntime, SandboxPolicy
+from casparian_worker.remote_family import PluginContainer
+from casparian_worker.runtime import POD_REQUIRED, PluginRuntime, SandboxPolicy
 from casparian_worker.sinks.base import MssqlSettings
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ def run_worker(settings: Settings, *, address: str, worker_id: str = "") -> int:
         slots=worker.slots,
         worker_id=worker_id,
         metrics_port=worker.metrics_port,
+        metrics_host=worker.metrics_host,
         drain_s=worker.drain_seconds,
         ledger_path=str(settings.database.db_location),
         mssql=_mssql(settings),
@@ -54,16 +58,28 @@ def run_worker(settings: Settings, *, address: str, worker_id: str = "") -> int:
 
 
 def _runtime(settings: Settings) -> PluginRuntime:
-    scratch = settings.worker.scratch or Path(tempfile.gettempdir()) / f"casparian-{os.geteuid()}"
-    cache = settings.worker.cache_dir or _user_cache()
+    worker = settings.worker
+    scratch = worker.scratch or Path(tempfile.gettempdir()) / f"casparian-{os.geteuid()}"
+    cache = worker.cache_dir or _user_cache()
+    clock = SystemClock()
+    container = PluginContainer(str(worker.launcher), clock) if worker.launcher else None
+    required = settings.sandbox.require
+    if required is None:
+        required = POD_REQUIRED if container else ()
     try:
         return PluginRuntime(
             scratch_root=str(scratch),
             cache_root=str(cache),
-            policy=SandboxPolicy(required=settings.sandbox.require),
-            clock=SystemClock(),
+            policy=SandboxPolicy(required=required),
+            clock=clock,
             progress=log.info,
             trust=_trust(settings),
+            environments=EnvironmentCache(
+                str(cache),
+                wheels=wheel_source(settings),
+                read_only=worker.environments_read_only,
+            ),
+            container=container,
         )
     except OSError as error:
         raise UsageError(
@@ -113,6 +129,7 @@ def _mssql(settings: Settings) -> MssqlSettings:
 )
 @click.option("--slots", type=click.IntRange(1, 1024), help="Plugins that run at a time.")
 @click.option("--worker-id", default="", metavar="NAME", help="Name shown by 'casparian workers'.")
+@click.option("--launcher", type=click.Path(path_type=Path, dir_okay=False), metavar="SOCKET")
 @click.option("--metrics-port", type=click.IntRange(0, 65_535), metavar="PORT")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="Settings file.")
 def main(
@@ -120,20 +137,23 @@ def main(
     output: Path | None,
     slots: int | None,
     worker_id: str,
+    launcher: Path | None,
     metrics_port: int | None,
     config: Path | None,
 ) -> None:
     """Run one worker until SIGTERM or Ctrl-C; it waits for a Sentinel that is not there yet."""
     try:
+        start_logging_from_environment()
         settings = overridden(
             load_settings(config),
             "worker",
             connect=connect,
             output_root=output.absolute() if output else None,
             slots=slots,
+            launcher=launcher.absolute() if launcher else None,
             metrics_port=metrics_port,
         )
-        logging.basicConfig(level=settings.logging.level, format=LOG_FORMAT)
+        start_logging(settings.logging.level, settings.logging.format)
         code = run_worker(settings, address=worker_address(settings), worker_id=worker_id)
     except CasparianError as error:
         click.echo(f"error: {error}", err=True)
