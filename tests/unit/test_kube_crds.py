@@ -92,16 +92,22 @@ def test_a_contract_in_an_object_is_one_that_workers_read() -> None:
             {"name": "on", "type": "date", "format": "%d.%m.%Y"},
             {"name": "price", "type": "decimal", "precision": 12, "scale": 2},
             {"name": "at", "type": "timestamp_tz", "tz": "Europe/Zurich"},
-            {"name": "tags", "type": "list", "item": "string"},
-            {"name": "who", "type": "struct", "fields": [{"name": "age", "type": "int64"}]},
+            {"name": "tags", "type": "list", "item": {"type": "string"}},
+            {
+                "name": "who",
+                "type": "struct",
+                "fields": [{"name": "sum", "type": "decimal", "precision": 9}],
+            },
         ],
         "quarantine": {"allow": True, "maxPercent": 5, "maxCount": 100},
     }
     contract = parse_contract(json.dumps(TopicContract.model_validate(given).to_json()))
     assert contract.names == ("id", "on", "price", "at", "tags", "who")
-    assert [str(column.type) for column in contract.columns][2:4] == [
+    assert [str(column.type) for column in contract.columns][2:] == [
         "decimal(12,2)",
         "timestamp_tz(Europe/Zurich)",
+        "list<string>",
+        "struct<sum: decimal(9,0)>",
     ]
     assert contract.quarantine is not None
     assert contract.quarantine.max_count == 100

@@ -221,9 +221,13 @@ def _structural(given: Mapping[str, Any], parts: Mapping[str, Any], where: str) 
             name: _field(value, parts, f"{where}.{name}")
             for name, value in node["properties"].items()
         }
+        if found.get("default") == {}:
+            # Rules are tried on a default before the fields in it get theirs.
+            own = found["properties"].items()
+            found["default"] = {name: f["default"] for name, f in own if "default" in f}
     elif isinstance(node.get("additionalProperties"), Mapping):
         found["additionalProperties"] = _structural(node["additionalProperties"], parts, where)
-    if "items" in node and node.get("type") == "array":
+    if "items" in node:
         found["items"] = _structural(node["items"], parts, f"{where}[]")
     _require_bound(found, where)
     return found

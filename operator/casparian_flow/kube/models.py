@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from casparian_flow.domain.contracts import MAX_DEPTH
 from casparian_flow.domain.errors import UsageError
 from casparian_flow.kube.model_workers import Replicas, Workers
 from casparian_flow.kube.schema_parts import (
@@ -249,33 +250,52 @@ class Column(Part):
     """Digits of a decimal after the point; 0 by default."""
     tz: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """Time zone of a timestamp_tz."""
-    item: Annotated[Any, Field(json_schema_extra={ANY_FIELDS: True})] = None
-    """Type of a list's elements: a type's name, or an object as in docs/contracts.md."""
+    item: Annotated[
+        dict[str, Any] | None, Field(json_schema_extra={"type": "object", ANY_FIELDS: True})
+    ] = None
+    """Type of a list's elements: an object with `type` and what goes with that type, as in a
+    column."""
     fields_: Annotated[
-        list[Any] | None,
+        list[dict[str, Any]] | None,
         Field(
             alias="fields",
             max_length=LIST_MAX,
             json_schema_extra={"items": {"type": "object", ANY_FIELDS: True}},
         ),
     ] = None
-    """Members of a struct: objects with `name` and `type`, as in docs/contracts.md."""
+    """Members of a struct: objects with `name`, `type` and what goes with that type, as in a
+    column."""
     description: Annotated[str, Field(max_length=1000)] | None = None
     """For people."""
 
     def to_json(self) -> dict[str, Any]:
         """The column as `domain.contracts.parse_contract` reads it."""
-        kind: Any = self.type
-        if kind == "decimal":
-            kind = {"kind": kind, "precision": self.precision, "scale": self.scale or 0}
-        elif kind == "timestamp_tz":
-            kind = {"kind": kind, "tz": self.tz}
-        elif kind == "list":
-            kind = {"kind": kind, "item": self.item}
-        elif kind == "struct":
-            kind = {"kind": kind, "fields": self.fields_}
+        kind = _contract_type(to_body(self))
         column = {"name": self.name, "type": kind, "nullable": self.nullable}
         return column | ({"format": self.format} if self.format else {})
+
+
+def _contract_type(given: Mapping[str, Any], depth: int = 0) -> Any:
+    """A type as contracts write it; what is wrong with it, their reader tells."""
+    kind = given.get("type")
+    if depth > MAX_DEPTH:
+        return kind
+    compound: dict[str, Any] = {"kind": kind}
+    match kind:
+        case "decimal":
+            return compound | {"precision": given.get("precision"), "scale": given.get("scale", 0)}
+        case "timestamp_tz":
+            return compound | {"tz": given.get("tz")}
+        case "list" if isinstance(given.get("item"), Mapping):
+            return compound | {"item": _contract_type(given["item"], depth + 1)}
+        case "struct" if isinstance(given.get("fields"), list):
+            members = [
+                {"name": member.get("name"), "type": _contract_type(member, depth + 1)}
+                for member in given["fields"]
+                if isinstance(member, Mapping)
+            ]
+            return compound | {"fields": members}
+    return kind
 
 
 class TopicContract(Part):
