@@ -4,7 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-SHARED = {"domain", "protocol", "sdk", "trust"}
+SHARED = {"domain", "logs", "protocol", "sdk", "trust"}
 """What the worker may use of ours."""
 
 

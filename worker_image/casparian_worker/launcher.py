@@ -46,7 +46,7 @@ from casparian_worker.guest_family import (
 from casparian_worker.guest_kit import base_python, install_kit
 from casparian_worker.sandbox import libc
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("casparian_worker.launcher")
 
 FOLDER = "casparian-plugins"
 """Below the scratch folder: what plugins write, gone with each of them."""
@@ -318,9 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m casparian_worker.launcher")
     parser.add_argument("--socket", required=True, help="where the worker connects")
     parser.add_argument(
-        "--scratch",
-        default=os.environ.get("CASPARIAN_PLUGIN_SCRATCH", tempfile.gettempdir()),
-        help="folder that plugins may write below (default: the system's temporary one)",
+        "--scratch", help="folder that plugins write below (default: the system's temporary one)"
     )
     parser.add_argument(
         "--peer-uid", type=int, default=os.geteuid(), help="the worker's user (default: this one)"
@@ -334,7 +332,7 @@ def main() -> None:
     try:
         launcher = Launcher(
             arguments.socket,
-            scratch=os.path.realpath(arguments.scratch),
+            scratch=os.path.realpath(arguments.scratch or tempfile.gettempdir()),
             peer=arguments.peer_uid,
             clock=SystemClock(),
         )

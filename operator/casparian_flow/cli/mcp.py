@@ -1,6 +1,5 @@
 """`casparian mcp`: serving a model's client."""
 
-
 import click
 
 from casparian_flow.cli.context import App, CommandGroup, pass_app
