@@ -91,6 +91,9 @@ def sound(fuzz: Fuzz, tool: str, folder: Path) -> dict[str, Any]:
         "output": rng.choice(
             (None, "parquet://x", f"sqlite://{folder}/outside/x.db", "parquet://../outside")
         ),
+        "schemas": rng.choice(
+            ({}, {"people": [{"name": "n"}]}, {"../x": [{"name": "n"}]}, {"people": {"mode": sql}})
+        ),
         "fail_fast": False, "job_id": rng.choice((0, 1, 2, 2**62)), "include_dev": True,
         "status": rng.choice(("pending", "queued", "all")), "approval_id": rng.choice(("x", "1")),
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """API jobs that a Sentinel carries out with a real worker: runs, backtests, previews, approvals."""
 
+import json
 import os
 import pwd
 import threading
@@ -327,7 +328,39 @@ def the(site: Site, approval: Approval) -> Approval:
     return found
 
 
-@pytest.mark.parametrize("change", ["added", "changed", "removed", "plugin", "sink"])
+ANY_N = '[{"name": "name"}, {"name": "n"}]'
+"""A contract under which numbers are text."""
+
+
+def test_a_backtest_tries_contracts_that_the_topics_do_not_have(site: Site) -> None:
+    folder = site.fill("contracts", THREE)
+    dates = '[{"name": "name"}, {"name": "n", "type": "date"}]'
+    for contract, rows, bad in ((ANY_N, 4, 0), (dates, 0, 4)):
+        spec = JobSpec(schemas={"people": contract})
+        job = site.end_of(
+            site.api.start_job(HttpJobType.BACKTEST, "people", None, folder, spec=spec)
+        )
+        assert job.result is not None
+        found = sum(n for k, n in job.result.metrics.items() if k.startswith("violations/n/"))
+        assert (job.result.rows_processed, found) == (rows, bad), job
+
+
+def test_a_run_asked_for_with_contracts_says_so_and_publishes_by_them(site: Site) -> None:
+    folder = site.fill("by_contract", THREE)
+    asked = site.api.request_run(
+        "people", None, folder, "parquet://by_contract", spec=JobSpec(schemas={"people": ANY_N})
+    )
+    assert asked.summary.endswith(", with contracts given for people")
+    assert site.api.approve(asked.approval_id)
+    job_id = the(site, asked).job_id
+    assert job_id is not None
+    assert site.end_of(job_id).status is HttpJobStatus.COMPLETED
+    assert [type(row["n"]) for row in site.published("by_contract")] == [str] * 4
+
+
+@pytest.mark.parametrize(
+    "change", ["added", "changed", "removed", "plugin", "sink", "contract", "quarantine"]
+)
 def test_a_change_between_request_and_approval_voids_it(idle: Site, change: str) -> None:
     folder = idle.fill("in", THREE)
     asked = idle.api.request_run("people", None, folder)
@@ -343,6 +376,13 @@ def test_a_change_between_request_and_approval_voids_it(idle: Site, change: str)
             idle.control.deploy(pack(signed(PEOPLE + "\n# more\n", "people", "1.0.1")))
         case "sink":
             idle.control.set_topic("people", "people", uri="parquet://elsewhere")
+        case "contract":
+            idle.control.set_topic("people", "people", uri="parquet://people", schema_json=ANY_N)
+        case "quarantine":
+            schema = {"columns": [{"name": "name"}], "quarantine": {"max_pct": 99.0}}
+            idle.control.set_topic(
+                "people", "people", uri="parquet://people", schema_json=json.dumps(schema)
+            )
     assert not idle.api.approve(asked.approval_id)
     after = the(idle, asked)
     assert after.status is ApprovalStatus.STALE
@@ -440,6 +480,9 @@ def test_what_cannot_be_run_is_refused_with_a_hint(idle: Site, tmp_path: Path) -
     refused(lambda: ask("people", None, "/nowhere"), UsageError, "in no source root")
     refused(lambda: ask("people", None, folder + "/b"), UsageError, "no file below")
     refused(lambda: ask("people", None, folder, "null://x"), UsageError, "unknown scheme")
+    for schemas, word in (({"people": "{}"}, "is missing"), ({"a b": ANY_N}, "is no topic")):
+        spec = JobSpec(schemas=schemas)
+        refused(lambda s=spec: ask("people", None, folder, spec=s), UsageError, word)  # type: ignore[misc]
     start = idle.api.start_job
     refused(
         lambda: start(HttpJobType.BACKTEST, "people", None, folder, "csv://x"),

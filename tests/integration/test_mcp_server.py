@@ -25,7 +25,7 @@ from mcp import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
-from mcp_kit import CANARY, McpPlace, mcp_place
+from mcp_kit import CANARY, PEOPLE, McpPlace, mcp_place
 from worker_process import wait_until, worker_process
 
 from casparian_flow.config import load_settings, overridden
@@ -231,6 +231,33 @@ def test_a_file_added_after_the_request_makes_it_stale_and_nothing_runs(place: M
     assert stands["status"] == "stale"
     assert "number of files" in stands["stale_reason"]
     assert not (place.output / "stale").exists()
+
+
+def test_a_trial_takes_contracts_and_no_plugin_by_its_path(place: McpPlace, tmp_path: Path) -> None:
+    tools, folder = place.tools(), str(place.inbox / "new")
+    text, failed = tools.call(
+        "casparian_backtest_start",
+        {
+            "plugin_ref": REF,
+            "input_dir": folder,
+            "schemas": {"people": [{"name": "name"}, {"name": "n"}]},
+        },
+    )
+    assert not failed, text
+    job_id = json.loads(text)["job_id"]
+
+    def shown() -> Any:
+        return json.loads(tools.call("casparian_job_status", {"job_id": job_id})[0])
+
+    wait_until(lambda: HttpJobStatus(shown()["status"]).is_terminal, PATIENCE_S)
+    assert (shown()["status"], shown()["violations"]) == ("completed", [])
+    assert shown()["result"]["rows_processed"] == 4
+
+    (tmp_path / "plugin.py").write_text(PEOPLE)
+    for tool in ("casparian_backtest_start", "casparian_run_request", "casparian_preview"):
+        for plugin_ref in ({"path": str(tmp_path / "plugin.py")}, REF | {"path": "plugin.py"}):
+            text, failed = tools.call(tool, {"plugin_ref": plugin_ref, "input_dir": folder})
+            assert failed, text
 
 
 def test_http_serves_on_loopback_and_with_a_token_only_who_has_it(place: McpPlace) -> None:

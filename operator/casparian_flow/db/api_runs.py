@@ -34,11 +34,20 @@ from casparian_flow.db.group_commit import transaction_of
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import encode_overrides
 from casparian_flow.domain.clock import Clock, utc
+from casparian_flow.domain.contracts import parse_contract
 from casparian_flow.domain.errors import CasparianError, ConflictError, NotFoundError, UsageError
 from casparian_flow.domain.failures import Reason
 from casparian_flow.domain.ids import JobId
 from casparian_flow.domain.jobs import TERMINAL, JobStatus
-from casparian_flow.domain.outputs import ANY_TOPIC, SinkMode, SinkSpec, parse_sink_uri, sinks_for
+from casparian_flow.domain.outputs import (
+    ANY_TOPIC,
+    TOPIC_PATTERN,
+    QuarantinePolicy,
+    SinkMode,
+    SinkSpec,
+    parse_sink_uri,
+    sinks_for,
+)
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.domain.records import Job, PluginSpec
 from casparian_flow.domain.scoped_names import namespace_of
@@ -96,7 +105,7 @@ class Plan:
     Attributes:
         spec: the plugin's active version.
         sinks: where its topics go.
-        given_sink: whether the job names its sink itself.
+        given_sink: whether the job names its sink, or contracts, itself.
     """
 
     spec: PluginSpec
@@ -119,11 +128,19 @@ class Plan:
 
 
 def _sinks_text(sinks: Sequence[SinkSpec]) -> str:
-    text = "; ".join(sorted(f"{s.topic} -> {s.uri} ({s.mode})" for s in sinks))
+    text = "; ".join(sorted(f"{s.topic} -> {s.uri} ({s.mode}{_rules_mark(s)})" for s in sinks))
     text = text or "each topic -> parquet://TOPIC (append)"
     if len(text) <= SINK_CHARS_MAX:
         return text
     return f"{counted(len(sinks), 'sink')}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _rules_mark(sink: SinkSpec) -> str:
+    """Tells rules for the rows apart: contract and quarantine, "" if there are none."""
+    if not sink.schema_json and sink.quarantine == QuarantinePolicy():
+        return ""
+    rules = f"{sink.schema_json}\0{sink.quarantine}"
+    return f", contract {hashlib.sha256(rules.encode()).hexdigest()[:12]}"
 
 
 # -- planning -----------------------------------------------------------------------------------
@@ -145,13 +162,14 @@ def plan(
     Raises:
         NotFoundError: no such active plugin version.
         UsageError: a folder that is in no source root, or has no file for the plugin; a sink URI
-            that is none.
+            or a contract that is none.
     """
     active = _active(ledger, plugin, version)
     sinks = active.sinks if output is None else _given_sinks(active.sinks, output)
+    sinks = _with_contracts(sinks, spec.schemas)
     folder = _folder(input_dir)
     files = ledger.read(lambda connection: _files(connection, plugin, folder, spec))
-    return Plan(active, sinks, output is not None, tuple(files))
+    return Plan(active, sinks, output is not None or bool(spec.schemas), tuple(files))
 
 
 def _active(ledger: Ledger, plugin: str, version: str | None) -> PluginSpec:
@@ -184,6 +202,21 @@ def _given_sinks(sinks: Sequence[SinkSpec], output: str) -> tuple[SinkSpec, ...]
         )
         for _, sink in sorted(by_topic.items())
     )
+
+
+def _with_contracts(
+    sinks: tuple[SinkSpec, ...], contracts: Mapping[str, str]
+) -> tuple[SinkSpec, ...]:
+    """The sinks, those of the named topics with these contracts in place of their own."""
+    for topic, text in contracts.items():
+        if not TOPIC_PATTERN.fullmatch(topic):
+            raise UsageError(f"{topic[:80]!r} is no topic", hint="Name the plugin's outputs.")
+        contract = parse_contract(text).to_json()
+        its_own = [
+            replace(sink, topic=topic, schema_json=contract) for sink in sinks_for(topic, sinks)
+        ]
+        sinks = (*(sink for sink in sinks if sink.topic != topic), *its_own)
+    return sinks
 
 
 def _folder(input_dir: str) -> str:
@@ -316,6 +349,8 @@ def request_run(
         f"Run {operation.plugin_name} {operation.plugin_version} on {files} below "
         f"{operation.input_dir}, writing {_sinks_text(asked.sinks)}"
     )
+    if operation.spec is not None and operation.spec.schemas:
+        summary += f", with contracts given for {', '.join(sorted(operation.spec.schemas))}"
     approval_id = new_approval_id()
     age_us = expires_in // timedelta(microseconds=1)
     with transaction_of(ledger, clock) as unit:
@@ -538,8 +573,10 @@ def _is_stale(unit: Unit, job: HttpJob, planned: Plan) -> bool:
 def _rehearsals(planned: Plan, rows_max: int) -> list[Wanted]:
     spec = planned.spec
     match = Match(spec.plugin, int(spec.manifest_id), MANUAL_PRIORITY)
+    overrides = encode_overrides(planned.sinks) if planned.given_sink else ""
     return [
-        Wanted(file.version_id, match, pin=spec.code, rehearsal=rows_max) for file in planned.files
+        Wanted(file.version_id, match, overrides=overrides, pin=spec.code, rehearsal=rows_max)
+        for file in planned.files
     ]
 
 

@@ -1,5 +1,6 @@
 """What a client may have done: trials that publish nothing, and requests that a person decides."""
 
+import json
 import os
 import shlex
 import threading
@@ -42,7 +43,19 @@ SAMPLES_MAX: Final = 5
 _HIDDEN: Final = frozenset({"spec_json", "preview_json"})
 
 
-def run(desk: Desk, plugin: str, version: str | None, input_dir: str, output: str | None) -> Answer:
+def contracts(schemas: dict[str, Any]) -> dict[str, str]:
+    """Contracts by topic, as a JobSpec has them; the control plane judges them."""
+    return {topic: json.dumps(schema, ensure_ascii=False) for topic, schema in schemas.items()}
+
+
+def run(
+    desk: Desk,
+    plugin: str,
+    version: str | None,
+    input_dir: str,
+    output: str | None,
+    schemas: dict[str, str],
+) -> Answer:
     """Ask a person for a run: {approval_id, status, summary, expires_at, approve_command}.
 
     Raises:
@@ -61,6 +74,7 @@ def run(desk: Desk, plugin: str, version: str | None, input_dir: str, output: st
             version,
             folder.path,
             output,
+            spec=JobSpec(schemas=schemas),
             expires_in=timedelta(minutes=desk.settings.mcp.approval_minutes),
             requester=user_name(os.geteuid()),
         )
@@ -82,7 +96,13 @@ def approve_command(config: Path | None, approval: Approval) -> str:
 
 
 def backtest(
-    desk: Desk, plugin: str, version: str | None, input_dir: str, *, fail_fast: bool
+    desk: Desk,
+    plugin: str,
+    version: str | None,
+    input_dir: str,
+    schemas: dict[str, str],
+    *,
+    fail_fast: bool,
 ) -> Answer:
     """Start a backtest: {job_id, status, note}.
 
@@ -90,7 +110,7 @@ def backtest(
         ConflictError: TRIALS_MAX trials are not finished.
         NotFoundError, UsageError: no such plugin or folder.
     """
-    spec = JobSpec(fail_fast=fail_fast)
+    spec = JobSpec(fail_fast=fail_fast, schemas=schemas)
     job_id, runs = _start(desk, HttpJobType.BACKTEST, plugin, version, input_dir, spec)
     note = "" if runs else "It begins when a Sentinel with a worker runs: casparian start."
     return {"job_id": job_id, "status": HttpJobStatus.QUEUED.value, "note": note}

@@ -42,6 +42,16 @@ FileText = Annotated[
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 Id = Annotated[int, msgspec.Meta(ge=0, le=ID_MAX)]
 Redaction = RedactionMode | None
+Schemas = Annotated[
+    dict[Name, dict[str, Any] | list[dict[str, Any]]],
+    msgspec.Meta(
+        max_length=100,
+        description="Contracts by topic for this call, in place of the topics' own: a list of "
+        'columns, or {"columns": [{"name", "type", "nullable", "format"}], "mode": "strict", '
+        '"allow_extra" or "allow_missing_optional", "quarantine": {"allow", "max_pct", '
+        '"max_count"}}.',
+    ),
+]
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +94,7 @@ class QueryArguments(Arguments, frozen=True):
 class BacktestArguments(Arguments, frozen=True):
     plugin_ref: PluginRef
     input_dir: PathText
+    schemas: Schemas = {}
     fail_fast: bool = True
 
 
@@ -91,6 +102,7 @@ class RunArguments(Arguments, frozen=True):
     plugin_ref: PluginRef
     input_dir: PathText
     output: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)] | None = None
+    schemas: Schemas = {}
 
 
 class JobArguments(Arguments, frozen=True):
@@ -173,13 +185,19 @@ def preview(desk: Desk, asked: PreviewArguments) -> Answer:
 def backtest_start(desk: Desk, asked: BacktestArguments) -> Answer:
     ref = asked.plugin_ref
     return job_requests.backtest(
-        desk, ref.plugin, ref.version, asked.input_dir, fail_fast=asked.fail_fast
+        desk,
+        ref.plugin,
+        ref.version,
+        asked.input_dir,
+        job_requests.contracts(asked.schemas),
+        fail_fast=asked.fail_fast,
     )
 
 
 def run_request(desk: Desk, asked: RunArguments) -> Answer:
     ref = asked.plugin_ref
-    return job_requests.run(desk, ref.plugin, ref.version, asked.input_dir, asked.output)
+    schemas = job_requests.contracts(asked.schemas)
+    return job_requests.run(desk, ref.plugin, ref.version, asked.input_dir, asked.output, schemas)
 
 
 def job_status(desk: Desk, asked: JobStatusArguments) -> Answer:

@@ -28,6 +28,8 @@ PAYLOAD_BYTES_MAX: Final = 1 << 20
 Count = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
+Contract = Annotated[str, msgspec.Meta(max_length=262_144)]
+"""JSON text of what the rows of a topic must look like."""
 
 
 class HttpJobType(StrEnum):
@@ -238,6 +240,7 @@ class JobSpec(
         rows_max: of a preview: rows of each topic that are shown, of all files together.
         fail_fast: of a backtest: the first file that fails ends it.
         force: of a run: also files that this plugin version has done already, beside that.
+        schemas: contracts by topic (docs/contracts.md), in place of the topics' own.
     """
 
     files: list[Text] = msgspec.field(default_factory=list)
@@ -245,6 +248,9 @@ class JobSpec(
     rows_max: Annotated[int, msgspec.Meta(ge=0, le=1_000)] = 20
     fail_fast: bool = False
     force: bool = False
+    schemas: Annotated[dict[Name, Contract], msgspec.Meta(max_length=100)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class ApprovalOperation:
