@@ -1,11 +1,11 @@
 """What the manifests of all pods share: their site, their guards, their volumes. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from casparian_flow.kube import names
-from casparian_flow.kube.kinds import Kind, Manifest
+from casparian_flow.kube.kinds import Body, Kind, Manifest
 from casparian_flow.kube.models import Resource
 from casparian_flow.kube.names import object_name
 from casparian_flow.kube.schema_parts import Volume
@@ -15,9 +15,9 @@ USER_ID: Final = 10001
 TOKEN_SECONDS: Final = 3600
 WORKER_METRICS_PORT: Final = 9464
 SCRATCH_VOLUME: Final = "scratch"
+INDEX_CA_PATH: Final = "/etc/casparian-index"
+WHEELHOUSE_PATH: Final = "/wheelhouse"
 SETTINGS_KEY: Final = "config.toml"
-CLIENT_KEY: Final = "client.key_secret"
-SERVER_KEY: Final = "server.key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Site:
         image: of workers, provisioning and Scouts.
         sentinel, control: addresses for workers and for other pods, `tcp://HOST:PORT`.
         settings_toml: the settings file of every pod.
-        server_key: file with the Sentinel's public CURVE key.
+        server_key: content of the file with the Sentinel's public CURVE key.
         job_timeout_s: longest that a job may run; pods that end are given that time.
         storage_class: of volumes for environments that many nodes mount; "" for none, so that
             each pod makes its own.
@@ -43,14 +43,13 @@ class Site:
     sentinel: str
     control: str
     settings_toml: str
-    server_key: str = field(repr=False)
+    server_key: str
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     job_timeout_s: float = 300.0
     network_policies: bool = True
     storage_class: str = ""
     environments_size: str = "10Gi"
-    index_url: str = ""
     index_ca_config_map: str = ""
     wheelhouse_claim: str = ""
     worker_resources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -223,6 +222,48 @@ def field_variable(name: str, path: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
+# -- one node for those who share a volume that one node can mount -----------------------------
+
+HOSTNAME: Final = "kubernetes.io/hostname"
+_MANY = frozenset({"ReadWriteMany", "ReadOnlyMany"})
+
+
+def claim_of(given: Volume | None) -> str:
+    """The claim that a volume is of, "" for another kind."""
+    found = given.persistent_volume_claim if given is not None else None
+    return found.claim_name if found is not None else ""
+
+
+def single_node(claim: Body | None) -> bool:
+    """Whether one node only can mount a claim's volume at a time."""
+    if claim is None:
+        return False
+    modes = claim.get("spec", {}).get("accessModes", ())
+    return bool(modes) and not _MANY.intersection(modes)
+
+
+def claim_labels(claims: Iterable[str]) -> dict[str, str]:
+    """Labels of pods that mount these claims, by which they find each other."""
+    return {f"claim.{names.GROUP}/{names.label_value(claim)}": "mounted" for claim in claims}
+
+
+def beside(affinity: Mapping[str, Any], *selectors: Mapping[str, str]) -> dict[str, Any]:
+    """An affinity that also holds the pod to the node of the pods with these labels, where there
+    are any: a pod that asks for a volume which is mounted elsewhere would hang."""
+    if not selectors:
+        return dict(affinity)
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    pods: dict[str, Any] = dict(affinity.get("podAffinity") or {})
+    pods[required] = [
+        *pods.get(required, ()),
+        *(
+            {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": HOSTNAME}
+            for labels in selectors
+        ),
+    ]
+    return {**affinity, "podAffinity": pods}
+
+
 # -- network ----------------------------------------------------------------------------------
 
 
@@ -237,7 +278,9 @@ def network_policy_spec(
     """
     sentinel = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": site.namespace}},
-        "podSelector": {"matchLabels": {names.COMPONENT_LABEL: names.SENTINEL}},
+        "podSelector": {
+            "matchLabels": {names.NAME_LABEL: "casparian", names.COMPONENT_LABEL: "operator"}
+        },
     }
     dns = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
     spec: dict[str, Any] = {

@@ -18,6 +18,7 @@ from casparian_flow.kube.kinds import (
 )
 from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.models import SourceRoot
+from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 
 START_DEADLINE_S: Final = 300
 """How late a scan may begin; a later one is left out, as the next will find the same files."""
@@ -29,7 +30,6 @@ RESOURCES: Final = {
     "requests": {"cpu": "100m", "memory": "128Mi"},
     "limits": {"memory": "1Gi"},
 }
-HOSTNAME: Final = "kubernetes.io/hostname"
 REQUEST: Final = f"{names.GROUP}/scan-request"
 """Annotation of a Job for one scan: the value that asked for it."""
 
@@ -40,12 +40,12 @@ class ScoutJob:
 
     Attributes:
         client_key: the file with the Scout's CURVE key.
-        node: to which node pods are held; "" for any.
+        single_node_claim: the claim, if its volume is one that one node only can have.
     """
 
     root: SourceRoot
     client_key: str = field(repr=False)
-    node: str = ""
+    single_node_claim: str = ""
 
     @property
     def object_name(self) -> str:
@@ -84,7 +84,7 @@ def scout_objects(scout: ScoutJob, site: Site) -> list[Manifest]:
 
 
 def _secret(scout: ScoutJob, site: Site) -> Manifest:
-    files = {common.CLIENT_KEY: scout.client_key, common.SERVER_KEY: site.server_key}
+    files = {CLIENT_SECRET: scout.client_key, SERVER_PUBLIC: site.server_key}
     return common.manifest(
         SECRET,
         scout.object_name,
@@ -136,8 +136,15 @@ def _job_spec(scout: ScoutJob, site: Site) -> dict[str, Any]:
     return {
         "backoffLimit": 1,
         "activeDeadlineSeconds": SCAN_DEADLINE_S,
-        "template": {"metadata": {"labels": scout.labels}, "spec": _pod(scout, site)},
+        "template": {
+            "metadata": {"labels": {**scout.labels, **_claim(scout)}},
+            "spec": _pod(scout, site),
+        },
     }
+
+
+def _claim(scout: ScoutJob) -> dict[str, str]:
+    return common.claim_labels([scout.single_node_claim] if scout.single_node_claim else [])
 
 
 def _pod(scout: ScoutJob, site: Site) -> dict[str, Any]:
@@ -173,7 +180,8 @@ def _pod(scout: ScoutJob, site: Site) -> dict[str, Any]:
         common.empty("tmp"),
         common.volume("source", root.spec.volume, read_only=True),
     ]
-    rest = {"nodeSelector": {HOSTNAME: scout.node}} if scout.node else {}
+    pinned = _claim(scout)
+    rest = {"affinity": common.beside({}, pinned)} if pinned else {}
     return common.pod(
         site,
         [container],

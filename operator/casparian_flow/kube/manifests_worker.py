@@ -25,6 +25,7 @@ from casparian_flow.kube.kinds import (
 from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.models import CasparianPlugin, SourceRoot
 from casparian_flow.kube.schema_parts import Volume
+from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 
 GRACE_S: Final = 30.0
 """Beside the longest job, for handing back what has not begun."""
@@ -40,7 +41,6 @@ PLUGIN_RESOURCES: Final = {
     "limits": {"memory": "2Gi"},
 }
 """Of containers for which neither the object nor the settings name any."""
-HOSTNAME: Final = "kubernetes.io/hostname"
 _SETTINGS, _BUNDLE, _CURVE, _TOKEN = "settings", "bundle", "curve", "token"
 _LAUNCHER, _ENVIRONMENTS, _OUTPUTS, _TMP = "launcher", "environments", "outputs", "tmp"
 
@@ -56,7 +56,9 @@ class WorkerSet:
         lock_hash: of the environment; "" for none.
         roots: SourceRoots that they read.
         client_key: the file with their CURVE key.
+        deployed_at_us: when the ledger recorded the version, 0 if it has not.
         one_node: whether all of them have to run on the same node.
+        single_node_claims: mounted claims whose volume one node only can have.
         open_egress: whether a sink is a server somewhere.
     """
 
@@ -70,7 +72,9 @@ class WorkerSet:
     roots: Sequence[SourceRoot]
     client_key: str = field(repr=False)
     replicas: int
+    deployed_at_us: int = 0
     one_node: bool = False
+    single_node_claims: tuple[str, ...] = ()
     open_egress: bool = False
 
     @property
@@ -123,7 +127,7 @@ def _account(workers: WorkerSet) -> Manifest:
 
 
 def _secret(workers: WorkerSet, site: Site) -> Manifest:
-    files = {common.CLIENT_KEY: workers.client_key, common.SERVER_KEY: site.server_key}
+    files = {CLIENT_SECRET: workers.client_key, SERVER_PUBLIC: site.server_key}
     return common.manifest(
         SECRET,
         workers.object_name,
@@ -161,7 +165,10 @@ def _network_policy(workers: WorkerSet, site: Site) -> Manifest:
 def deployment(workers: WorkerSet, site: Site) -> Manifest:
     """The Deployment alone."""
     template = {
-        "metadata": {"labels": workers.labels, "annotations": workers.annotations},
+        "metadata": {
+            "labels": {**workers.labels, **common.claim_labels(workers.single_node_claims)},
+            "annotations": workers.annotations,
+        },
         "spec": _pod(workers, site),
     }
     return common.manifest(
@@ -187,7 +194,7 @@ def _pod(workers: WorkerSet, site: Site) -> dict[str, Any]:
     settings = workers.plugin.spec.workers
     inits: list[dict[str, Any]] = []
     if _provisions_in_pod(workers, site):
-        inits.append(provisioner(site, "provision"))
+        inits.append(provisioner(site, "provision", workers.deployed_at_us))
     inits.append(_plugin_container(workers, site))
     rest: dict[str, Any] = {
         "initContainers": inits,
@@ -211,23 +218,15 @@ def _pod(workers: WorkerSet, site: Site) -> dict[str, Any]:
 
 
 def _affinity(workers: WorkerSet) -> dict[str, Any]:
-    given = dict(workers.plugin.spec.workers.affinity or {})
-    if not workers.one_node:
-        return given
-    # Beside each other, also while one version takes over from another.
-    plugin = {
-        "labelSelector": {
-            "matchLabels": {
-                names.PLUGIN_LABEL: names.label_value(workers.plugin.metadata.name),
-                names.COMPONENT_LABEL: names.WORKER,
-            }
-        },
-        "topologyKey": HOSTNAME,
-    }
-    beside: dict[str, Any] = dict(given.get("podAffinity") or {})
-    required = "requiredDuringSchedulingIgnoredDuringExecution"
-    beside[required] = [*beside.get(required, ()), plugin]
-    return {**given, "podAffinity": beside}
+    given = workers.plugin.spec.workers.affinity or {}
+    selectors: list[Mapping[str, str]] = [
+        common.claim_labels([claim]) for claim in workers.single_node_claims
+    ]
+    if workers.one_node:
+        # Beside each other, also while one version takes over from another.
+        plugin = names.label_value(workers.plugin.metadata.name)
+        selectors.append({names.PLUGIN_LABEL: plugin, names.COMPONENT_LABEL: names.WORKER})
+    return common.beside(given, *selectors)
 
 
 def _worker_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
@@ -289,7 +288,7 @@ def _plugin_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
     )
 
 
-def provisioner(site: Site, name: str) -> dict[str, Any]:
+def provisioner(site: Site, name: str, deployed_at_us: int = 0) -> dict[str, Any]:
     """The container that makes an environment, in a Job or before a worker."""
     variables = [
         {"name": "CASPARIAN_CONFIG", "value": names.SETTINGS_FILE},
@@ -301,20 +300,18 @@ def provisioner(site: Site, name: str) -> dict[str, Any]:
         common.mount(_ENVIRONMENTS, names.ENVIRONMENTS_PATH),
         common.mount(_TMP, "/tmp"),  # noqa: S108 - as above
     ]
-    if site.index_url:
-        variables.append({"name": "UV_DEFAULT_INDEX", "value": site.index_url})
     if site.index_ca_config_map:
-        mounts.append(common.mount("index-ca", "/etc/casparian-index", read_only=True))
-        variables.append({"name": "SSL_CERT_FILE", "value": "/etc/casparian-index/ca.crt"})
+        mounts.append(common.mount("index-ca", common.INDEX_CA_PATH, read_only=True))
     if site.wheelhouse_claim:
-        mounts.append(common.mount("wheelhouse", "/wheelhouse", read_only=True))
-        variables.append({"name": "UV_FIND_LINKS", "value": "/wheelhouse"})
-        variables.append({"name": "UV_NO_INDEX", "value": "1"})
+        mounts.append(common.mount("wheelhouse", common.WHEELHOUSE_PATH, read_only=True))
     command = [
         "python", "-m", "casparian_worker.provision",
         "--bundle", f"{names.BUNDLE_PATH}/{names.BUNDLE_KEY}",
         "--environments", names.ENVIRONMENTS_PATH,
     ]  # fmt: skip
+    if deployed_at_us:
+        # For keys that count for a time only.
+        command += ["--deployed-at-us", str(deployed_at_us)]
     return common.container(
         site,
         name,

@@ -132,7 +132,6 @@ class SetTopic:
     plugin: str
     topic: str
     uri: str
-    mode: str
     schema_json: str = ""
 
 
@@ -165,6 +164,14 @@ Command = Deploy | Rollback | Pause | Resume | SetTopic | AddSource | Approve | 
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """Change how many pods an object has, and nothing else of it."""
+
+    ref: Ref
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What one object needs now; an empty one leaves the world as it is.
 
@@ -172,6 +179,7 @@ class Plan:
         commands: for the ledger, carried out first, in order; what they change is looked at in
             the next round, which follows at once.
         apply: objects that are missing or not as they should be, in order.
+        scale: objects of earlier versions whose pods are to go.
         delete: objects that are not needed any more.
         status: all of the object's status; written if it differs from what is there.
         again_s: look again after this many seconds though nothing has changed, None for never.
@@ -179,16 +187,20 @@ class Plan:
 
     commands: Sequence[Command] = ()
     apply: Sequence[Manifest] = ()
+    scale: Sequence[Scale] = ()
     delete: Sequence[Ref] = ()
     status: Mapping[str, Any] | None = None
     notes: Sequence[Note] = ()
     again_s: float | None = None
 
 
-def told(conditions: Iterable[Condition], before: Body) -> list[Note]:
-    """An Event for the last condition that has changed since the status was written, if any.
+def told(conditions: Iterable[Condition], before: Body, final: ConditionType) -> list[Note]:
+    """An Event for what has gone wrong since the status was written, or for the end of all steps.
 
-    One: a plugin that becomes Ready in one go says so once, and not with each condition.
+    One: steps on the way are for the status to tell.
+
+    Args:
+        final: the condition that holds at the end.
     """
     old = {c.get("type"): c for c in before.get("status", {}).get("conditions", ())}
     changed = [
@@ -198,7 +210,7 @@ def told(conditions: Iterable[Condition], before: Body) -> list[Note]:
         or (was.get("status"), was.get("reason")) != (c.status, str(c.reason))
     ]
     wrong = [c for c in changed if c.status == "False" and not _waits(c)]
-    chosen = wrong[:1] or [c for c in changed if c.holds][-1:]
+    chosen = wrong[:1] or [c for c in changed if c.holds and c.type is final]
     return [Note(str(c.reason), shortened(c.message), warning=not c.holds) for c in chosen]
 
 
