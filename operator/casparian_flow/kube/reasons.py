@@ -34,6 +34,7 @@ class VerifiedReason(StrEnum):
     """Why a plugin is Verified, or not."""
 
     VERIFIED = "Verified"
+    """The bundle may run here."""
     SOURCE_MISSING = "SourceMissing"
     """The ConfigMap, or the key in it, is not there (yet)."""
     DIGEST_MISMATCH = "DigestMismatch"
@@ -49,6 +50,7 @@ class VerifiedReason(StrEnum):
     NAME_TAKEN = "NameTaken"
     """Another CasparianPlugin of the namespace, the older one, has a plugin of this name."""
     UNSIGNED = "Unsigned"
+    """The bundle has no signature, and one is required."""
     UNKNOWN_SIGNER = "UnknownSigner"
     """The key is not among the trusted ones."""
     BAD_SIGNATURE = "BadSignature"
@@ -68,6 +70,7 @@ class ProvisionedReason(StrEnum):
     """Why a plugin is Provisioned, or not."""
 
     PROVISIONED = "Provisioned"
+    """It is there, every file of it checked by its hash."""
     NOT_NEEDED = "NotNeeded"
     """The plugin has no lock file: it runs on what the worker image holds."""
     PROVISIONING = "Provisioning"
@@ -84,6 +87,7 @@ class DeployedReason(StrEnum):
     """Why a plugin is Deployed, or not."""
 
     DEPLOYED = "Deployed"
+    """The wanted version runs, or would."""
     ON_TRIAL = "OnTrial"
     """A worker loads the version, and runs it over its samples, before it becomes active."""
     TRIAL_FAILED = "TrialFailed"
@@ -108,11 +112,15 @@ class ReadyReason(StrEnum):
     """Why a plugin or source root is Ready, or not."""
 
     READY = "Ready"
+    """Nothing stands in the way."""
     SUSPENDED = "Suspended"
     """By `spec.suspend`."""
     NOT_VERIFIED = "NotVerified"
+    """Verified is not True; its message says why."""
     NOT_PROVISIONED = "NotProvisioned"
+    """Provisioned is not True; its message says why."""
     NOT_DEPLOYED = "NotDeployed"
+    """Deployed is not True; its message says why."""
     PODS_FAILING = "PodsFailing"
     """Worker pods do not start or do not stay; the message is a pod's own."""
     PAUSED = "Paused"
@@ -133,18 +141,24 @@ class ScannedReason(StrEnum):
     """Why a source root is Scanned, or not."""
 
     SCANNED = "Scanned"
+    """Every file that is there was seen."""
     NEVER_SCANNED = "NeverScanned"
+    """No scan has ended yet."""
     INCOMPLETE = "Incomplete"
     """Some of it could not be read; the message tells what."""
     SCAN_FAILED = "ScanFailed"
+    """The last scan ended early; the message is its own."""
 
 
 class DecidedReason(StrEnum):
     """Why an approval is Decided, or not."""
 
     APPROVED = "Approved"
+    """Somebody has approved it; `spec.decidedBy` says who."""
     REJECTED = "Rejected"
+    """Somebody has rejected it; `spec.decidedBy` and `spec.reason` say who and why."""
     PENDING = "Pending"
+    """It waits for a person."""
     EXPIRED = "Expired"
     """Nobody decided in time."""
     STALE = "Stale"
@@ -155,8 +169,11 @@ class StartedReason(StrEnum):
     """Why an approval is Started, or not."""
 
     STARTED = "Started"
+    """It has begun."""
     NOT_APPROVED = "NotApproved"
+    """It is not approved, so nothing starts."""
     STARTING = "Starting"
+    """It is approved, and its job is being made."""
     STALE = "Stale"
     """What was asked for had changed between the decision and the start."""
     NO_JOB = "NoJob"
