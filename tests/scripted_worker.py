@@ -27,6 +27,7 @@ from casparian_flow.domain.outputs import (
 )
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import decode_all, encode
+from casparian_flow.protocol.curve import ClientKeys
 from casparian_flow.protocol.frames import pack, pack_batch
 from casparian_flow.services.routing import Match
 
@@ -114,6 +115,7 @@ class ScriptedWorker:
 
     Args:
         batch: whether to ask for BATCH.
+        keys: for a Sentinel with CURVE.
     """
 
     def __init__(
@@ -127,12 +129,18 @@ class ScriptedWorker:
         capabilities: list[str] | None = None,
         slots: int = 1,
         credit: int = 1,
+        keys: ClientKeys | None = None,
+        token: str = "",
     ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.sndhwm = self.socket.rcvhwm = 0
         self.socket.setsockopt(zmq.IDENTITY, identity or f"id-{name}".encode())
+        if keys is not None:
+            self.socket.curve_publickey = keys.own.public.encode()
+            self.socket.curve_secretkey = keys.own.secret.encode()
+            self.socket.curve_serverkey = keys.server.encode()
         self.socket.connect(address)
         self.me = m.Identify(
             name,
@@ -144,6 +152,7 @@ class ScriptedWorker:
             hostname="host",
             pid=4711,
             batch=batch,
+            token=token,
         )
         self.welcome = m.Welcome("", 0, 0, 0, batch=False)
         self.plugins: dict[str, m.Plugin] = {}

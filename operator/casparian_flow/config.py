@@ -95,6 +95,22 @@ class SentinelSettings(_Section):
         return self
 
 
+class WireSettings(_Section):
+    """Encryption and proof of identity between the Sentinel and other machines (docs/trust.md)."""
+
+    curve_dir: Path | None = None
+    """Folder of this process's CURVE keys: `client.key_secret` and `server.key`, at the operator's
+    Sentinel `server.key_secret`. Empty: no encryption, for one machine."""
+    token_file: Path | None = None
+    """File with the token by which a pod proves which one it is; wants `curve_dir`."""
+
+    @model_validator(mode="after")
+    def _tokens_travel_encrypted(self) -> Self:
+        if self.token_file is not None and self.curve_dir is None:
+            raise ValueError("token_file wants curve_dir: a token is never sent in the clear")
+        return self
+
+
 class WorkerSettings(_Section):
     """The processes that run plugins."""
 
@@ -341,6 +357,7 @@ class Settings(BaseSettings):
 
     database: DatabaseSettings = DatabaseSettings()
     sentinel: SentinelSettings = SentinelSettings()
+    wire: WireSettings = WireSettings()
     worker: WorkerSettings = WorkerSettings()
     scout: ScoutSettings = ScoutSettings()
     sinks: SinksSettings = SinksSettings()
@@ -537,6 +554,12 @@ def _anchored(loaded: Settings, folder: Path) -> Settings:
     return loaded.model_copy(
         update={
             "database": loaded.database.model_copy(update={"db_location": location}),
+            "wire": loaded.wire.model_copy(
+                update={
+                    "curve_dir": absolute(loaded.wire.curve_dir),
+                    "token_file": absolute(loaded.wire.token_file),
+                }
+            ),
             "worker": worker.model_copy(
                 update={
                     "output_root": absolute(worker.output_root),

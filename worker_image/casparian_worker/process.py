@@ -23,7 +23,7 @@ from casparian_worker.metrics import Health, WorkerCollector, serve_metrics
 from casparian_worker.runner import Runner, RunnerConfig, Runtime
 from casparian_worker.sinks.base import MssqlSettings, SinkEnvironment
 from casparian_worker.sinks.root import OutputRoot
-from casparian_worker.wire import Wire
+from casparian_worker.wire import Wire, WireFiles
 from casparian_worker.worker_events import DrainRequested, WorkerConfig
 from casparian_worker.worker_state import WorkerState
 
@@ -53,6 +53,7 @@ class ProcessConfig:
         metrics_host: address on which it is opened.
         drain_s: how long running jobs may take after a signal.
         ledger_path: the ledger's file, which no sink may write to; "" if unknown.
+        wire_files: for a Sentinel with CURVE.
     """
 
     address: str
@@ -64,6 +65,7 @@ class ProcessConfig:
     drain_s: float = 60.0
     ledger_path: str = ""
     mssql: MssqlSettings = field(default_factory=MssqlSettings)
+    wire_files: WireFiles | None = None
 
 
 RuntimeFactory = Callable[[], Runtime]
@@ -93,7 +95,15 @@ def run(config: ProcessConfig, make_runtime: RuntimeFactory, clock: Clock | None
         state = WorkerState(identity)
         runner = Runner(RunnerConfig(slots), runtime, environment, mailbox, clock)
         cleanup.callback(runner.close)
-        wire = Wire(config.address, state, runner, mailbox, clock, secrets.token_bytes)
+        wire = Wire(
+            config.address,
+            state,
+            runner,
+            mailbox,
+            clock,
+            secrets.token_bytes,
+            config.wire_files,
+        )
         cleanup.callback(wire.close)
         if config.metrics_port:
             collector = WorkerCollector(state, wire.counts, lambda: runner.counts)

@@ -11,15 +11,18 @@ heartbeats whatever its plugins do. A Sentinel that is away is waited for withou
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from casparian_flow.domain.clock import Clock, Now
-from casparian_flow.domain.errors import ProtocolError, UsageError
+from casparian_flow.domain.errors import ConfigError, ProtocolError, UsageError
 from casparian_flow.domain.outputs import OutputEntry
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import decode_all, encode
+from casparian_flow.protocol.curve import ClientKeys, client_keys, read_token
 from casparian_flow.protocol.frames import (
     BATCH_ITEMS_MAX,
     HEADER_BYTES,
@@ -44,7 +47,10 @@ FRAME_BYTES_MAX = 2 * PAYLOAD_BYTES_MAX
 LINGER_MS = 1000
 RECONNECT_MS, RECONNECT_MS_MAX = 50, 2000
 PING_MS, PING_TIMEOUT_MS = 5000, 15_000
-ROUTING_ID_BYTES = 12
+ROUTING_ID_BYTES = 16
+"""A secret of the worker's: nobody else can pass for it to a Sentinel that lost its connection."""
+KEYS_LOOK_S = 2.0
+"""Between two looks at the files of keys, and after a refusal before another try."""
 REMINDER_S = 60.0
 """How often the log says that there is no Sentinel."""
 
@@ -84,6 +90,19 @@ class WireCounts:
     """Whether the Sentinel answers."""
 
 
+@dataclass(frozen=True, slots=True)
+class WireFiles:
+    """Files by which Sentinel and worker know each other; read anew for each connection.
+
+    Attributes:
+        curve_dir: with `client.key_secret` and `server.key`.
+        token_file: with the pod's token, which IDENTIFY carries; None where nobody asks for it.
+    """
+
+    curve_dir: Path
+    token_file: Path | None = None
+
+
 class Wire:
     """The worker's loop.
 
@@ -92,9 +111,11 @@ class Wire:
         state: decides.
         work: carries out; posts to `mailbox`.
         random_bytes: fresh routing ids.
+        files: for a Sentinel with CURVE; None for one of this machine.
 
     Raises:
         UsageError: the address is none that ZeroMQ knows.
+        ConfigError: a file of keys is missing, or is none.
     """
 
     def __init__(
@@ -105,6 +126,7 @@ class Wire:
         mailbox: Mailbox,
         clock: Clock,
         random_bytes: Callable[[int], bytes],
+        files: WireFiles | None = None,
     ) -> None:
         self.counts = WireCounts(turned_at=clock.now().mono)
         self._address = address
@@ -113,6 +135,11 @@ class Wire:
         self._mailbox = mailbox
         self._clock = clock
         self._random_bytes = random_bytes
+        self._files = files
+        self._keys = client_keys(files.curve_dir) if files else None
+        self._look_at = 0.0
+        self._refused_at: float | None = None
+        """When the Sentinel last refused the keys of this connection."""
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._poller.register(mailbox.fileno(), zmq.POLLIN)
@@ -150,6 +177,7 @@ class Wire:
                 if now.mono >= tick_at:
                     tick_at = now.mono + TICK_S
                     self._handle(e.Tick(), now)
+                    self._watch_keys(now)
                     self._watch_contact(now)
                 self._turn(max(0.0, tick_at - now.mono))
         finally:
@@ -158,7 +186,7 @@ class Wire:
     def close(self) -> None:
         """Send what is left, for a second at most, and give the socket up."""
         if not self._socket.closed:
-            self._socket.close(linger=LINGER_MS)
+            self._disconnect(LINGER_MS)
             self._context.term()
 
     def _turn(self, timeout_s: float) -> None:
@@ -201,6 +229,8 @@ class Wire:
     # -- out ------------------------------------------------------------------------------------
 
     def _queue_send(self, send: e.Send) -> None:
+        if isinstance(send.message, m.Identify):
+            send.message.token = self._token()
         frame = encode(send.job_id, send.message)
         if len(frame.payload) > PAYLOAD_BYTES_MAX:
             self.counts.sends_dropped += 1
@@ -252,9 +282,18 @@ class Wire:
         s.setsockopt(zmq.IMMEDIATE, 1)
         s.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
         s.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
+        # So that the other end, too, gives a dead connection up, and its routing id with it.
+        s.setsockopt(zmq.HEARTBEAT_TTL, PING_TIMEOUT_MS)
+        if self._keys is not None:
+            s.curve_publickey = self._keys.own.public.encode("ascii")
+            s.curve_secretkey = self._keys.own.secret.encode("ascii")
+            s.curve_serverkey = self._keys.server.encode("ascii")
+        self._monitor = s.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         try:
             s.connect(self._address)
         except zmq.ZMQError as error:
+            s.disable_monitor()
+            self._monitor.close(0)
             s.close(linger=0)
             raise UsageError(
                 f"cannot connect to {self._address!r}: {error}",
@@ -266,10 +305,59 @@ class Wire:
     def _reconnect(self) -> None:
         # A fresh routing id: the Sentinel may still hold the old one for a dead connection.
         self._poller.unregister(self._socket)
-        self._socket.close(linger=0)
+        self._disconnect(0)
         self._outgoing.clear()
         self._unsent_acks.clear()
+        self._refused_at = None
+        self._keys = self._read_keys() or self._keys
         self._socket = self._connect()
+
+    def _disconnect(self, linger_ms: int) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(linger=linger_ms)
+
+    # -- keys -----------------------------------------------------------------------------------
+
+    def _watch_keys(self, now: Now) -> None:
+        """Connect anew when the keys were changed, or have been refused: others may do by now."""
+        if self._files is None or now.mono < self._look_at:
+            return
+        self._look_at = now.mono + KEYS_LOOK_S
+        if self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            log.warning("the Sentinel at %s does not admit this worker's key", self._address)
+            self._refused_at = now.mono
+            return
+        keys = self._read_keys()
+        if keys is not None and keys != self._keys:
+            log.info("the keys of this worker were changed: connecting anew")
+        elif self._refused_at is None:
+            return
+        self._reconnect()
+        self._handle(e.ConnectionRenewed(), now)
+
+    def _read_keys(self) -> ClientKeys | None:
+        """The keys as their files hold them now; None if they cannot be read at the moment."""
+        if self._files is None:
+            return None
+        try:
+            return client_keys(self._files.curve_dir)
+        except ConfigError as error:
+            log.warning("going on with the keys of before: %s", error)
+            return None
+
+    def _token(self) -> str:
+        """The pod's token as it is now: it is replaced every hour or so."""
+        if self._files is None or self._files.token_file is None:
+            return ""
+        try:
+            return read_token(self._files.token_file)
+        except ConfigError as error:
+            log.warning("%s", error)
+            return ""
+
+    # -- contact --------------------------------------------------------------------------------
 
     def _watch_contact(self, now: Now) -> None:
         state = self._state

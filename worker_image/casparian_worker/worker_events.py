@@ -82,6 +82,11 @@ class FromSentinel:
 
 
 @dataclass(slots=True)
+class ConnectionRenewed:
+    """The connection is a new one, of which the Sentinel knows nothing yet."""
+
+
+@dataclass(slots=True)
 class Began:
     """The plugin has begun on this attempt."""
 
@@ -160,6 +165,7 @@ class DrainRequested:
 
 Event = (
     FromSentinel
+    | ConnectionRenewed
     | Began
     | Staged
     | Ended

@@ -47,6 +47,7 @@ from casparian_flow.domain.wiring import TrialOutcome
 from casparian_flow.protocol import messages as m
 from casparian_worker.worker_events import (
     Began,
+    ConnectionRenewed,
     DeleteStages,
     DrainRequested,
     Ended,
@@ -201,6 +202,7 @@ class WorkerState:
             PublishFailed: self._publish_failed,
             StageListing: self._stage_listing,
             TrialNews: self._trial_news,
+            ConnectionRenewed: self._connection_renewed,
             Tick: self._tick,
             Unsent: self._unsent,
             DrainRequested: self._drain,
@@ -656,6 +658,10 @@ class WorkerState:
         if self.welcomed and self._listing_due is not None and mono >= self._listing_due:
             self._listing_due = mono + self.config.stage_listing_s
             self._out.append(ListStages())
+
+    def _connection_renewed(self, _: ConnectionRenewed, mono: float) -> None:
+        self._reconnected = mono
+        self._identify(mono)
 
     def _beat(self, mono: float) -> None:
         self._heartbeat_due = mono + self._heartbeat_s

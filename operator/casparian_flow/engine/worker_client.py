@@ -31,6 +31,7 @@ from casparian_worker.process import ProcessConfig, run
 from casparian_worker.remote_family import PluginContainer
 from casparian_worker.runtime import POD_REQUIRED, PluginRuntime, SandboxPolicy
 from casparian_worker.sinks.base import MssqlSettings
+from casparian_worker.wire import WireFiles
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,14 @@ def run_worker(settings: Settings, *, address: str, worker_id: str = "") -> int:
         drain_s=worker.drain_seconds,
         ledger_path=str(settings.database.db_location),
         mssql=_mssql(settings),
+        wire_files=_wire_files(settings),
     )
     return run(config, lambda: _runtime(settings))
+
+
+def _wire_files(settings: Settings) -> WireFiles | None:
+    wire = settings.wire
+    return WireFiles(wire.curve_dir, wire.token_file) if wire.curve_dir else None
 
 
 def _runtime(settings: Settings) -> PluginRuntime:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from casparian_flow.domain.errors import ConfigError
 
 SERVER_PUBLIC = "server.key"
-SERVER_SECRET = "server.key_secret"  # noqa: S105 - a file's name
-CLIENT_SECRET = "client.key_secret"  # noqa: S105 - a file's name
+SERVER_SECRET = "server.key_secret"
+CLIENT_SECRET = "client.key_secret"
 FILE_BYTES_MAX = 16_384
 TOKEN_BYTES_MAX = 16_384
 """Of the file with a pod's token; those of Kubernetes have about 1,200."""

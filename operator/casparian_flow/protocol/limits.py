@@ -20,6 +20,8 @@ TEXT_CHARS_MAX = 8_192
 """URIs, paths, table and stage names."""
 MESSAGE_CHARS_MAX = 16_384
 """Error messages; cut at the end."""
+TOKEN_CHARS_MAX = 16_384
+"""A pod's token; those of Kubernetes have about 1,200."""
 LOG_CHARS_MAX = 262_144
 """Logs; cut at the beginning, as the end tells most."""
 REPORT_CHARS_MAX = 65_536
@@ -85,6 +87,7 @@ def _identify(message: m.Identify) -> None:
     for name, state in message.sandbox.items():
         _text("sandbox", name)
         _text("sandbox", state, TEXT_CHARS_MAX)
+    _text("token", message.token, TOKEN_CHARS_MAX)
 
 
 def _heartbeat(message: m.Heartbeat) -> None:

@@ -26,6 +26,7 @@ class Identify:
         credit: most jobs it accepts outstanding, at least `slots`.
         batch: whether it reads BATCH.
         sandbox: name → "applied", or why not.
+        token: by which its pod proves which one it is; "" where nobody asks.
     """
 
     worker_id: str
@@ -40,6 +41,7 @@ class Identify:
     version: str = ""
     batch: bool = False
     sandbox: dict[str, str] = field(default_factory=dict)
+    token: str = field(default="", repr=False)
 
 
 @dataclass(slots=True)

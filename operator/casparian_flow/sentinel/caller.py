@@ -3,6 +3,8 @@
 import pwd
 from dataclasses import dataclass
 
+from casparian_flow.sentinel.admission import Principal
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -11,6 +13,8 @@ class Caller:
     transport: str
     uid: int | None = None
     pid: int | None = None
+    principal: Principal | None = None
+    """For whom its key stands, over a socket with CURVE."""
 
     @property
     def user(self) -> str | None:
@@ -18,6 +22,8 @@ class Caller:
         return None if self.uid is None else user_name(self.uid)
 
     def __str__(self) -> str:
+        if self.principal is not None:
+            return str(self.principal)
         return self.transport if self.uid is None else f"uid {self.uid} (pid {self.pid})"
 
 

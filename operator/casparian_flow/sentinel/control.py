@@ -24,6 +24,7 @@ from casparian_flow.domain.errors import (
     SentinelUnreachableError,
     UsageError,
 )
+from casparian_flow.protocol.curve import ClientKeys, client_keys
 from casparian_flow.protocol.http_types import new_approval_id
 from casparian_flow.sentinel import paths
 from casparian_flow.sentinel.api import ApiClient, ApiStore, ControlApi
@@ -61,6 +62,7 @@ _DOWN = (
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
 
@@ -86,12 +88,18 @@ class ControlClient(ControlApi, Protocol):
 class _Channel:
     """One connection, used by one call at a time. It knows when the other end goes away."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ClientKeys | None
+    ) -> None:
         self._address = address
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, REPLY_BYTES_MAX)
+        if keys is not None:
+            self.socket.curve_publickey = keys.own.public.encode("ascii")
+            self.socket.curve_secretkey = keys.own.secret.encode("ascii")
+            self.socket.curve_serverkey = keys.server.encode("ascii")
         self._monitor = self.socket.get_monitor_socket(_UP | _DOWN)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -108,7 +116,13 @@ class _Channel:
         """Raises:
         SentinelUnreachableError: nobody answers at the address.
         """
-        if not self._poller.poll(int(CONNECT_TIMEOUT_S * 1000)) or not self._event() & _UP:
+        event = self._event() if self._poller.poll(int(CONNECT_TIMEOUT_S * 1000)) else 0
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise SentinelUnreachableError(
+                f"the Sentinel at {self._address} does not admit this key",
+                hint="The operator issues keys anew; it is logged there whose key it refuses.",
+            )
+        if not event & _UP:
             raise SentinelUnreachableError(
                 f"no Sentinel answers at {self._address}",
                 hint="Start one with `casparian start` or `casparian sentinel`.",
@@ -153,10 +167,15 @@ class RemoteControl:
     Args:
         address: `ipc://path` or `tcp://host:port`.
         timeout_s: of every call; None = by operation, 60 seconds or an hour.
+        curve_dir: with this client's keys (protocol/curve.py), read for each connection; None for
+            a control socket without CURVE.
     """
 
-    def __init__(self, address: str, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str, *, timeout_s: float | None = None, curve_dir: Path | None = None
+    ) -> None:
         self.address = address
+        self._curve_dir = curve_dir
         self._timeout_s = timeout_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
@@ -206,7 +225,8 @@ class RemoteControl:
             if channel.alive():
                 return channel
             channel.close()
-        channel = _Channel(self._context, self.address)
+        keys = client_keys(self._curve_dir) if self._curve_dir is not None else None
+        channel = _Channel(self._context, self.address, keys)
         try:
             channel.await_connection()
         except BaseException:
@@ -286,9 +306,11 @@ for _name in API_OPERATIONS:
     _add_stub(RemoteApi, ApiStore, _name.removeprefix(API_PREFIX))
 
 
-def remote(address: str, *, timeout_s: float | None = None) -> ControlClient:
+def remote(
+    address: str, *, timeout_s: float | None = None, curve_dir: Path | None = None
+) -> ControlClient:
     """A RemoteControl under its static type. Connects with the first call."""
-    return cast(ControlClient, RemoteControl(address, timeout_s=timeout_s))
+    return cast(ControlClient, RemoteControl(address, timeout_s=timeout_s, curve_dir=curve_dir))
 
 
 def connect(
@@ -301,6 +323,9 @@ def connect(
 ) -> ControlClient:
     """The control plane of a ledger: the Sentinel that owns it, else the ledger opened here.
 
+    With `[wire] curve_dir` and a `control_address` on another machine that Sentinel is meant and no
+    other: no ledger is opened here.
+
     Args:
         target: the ledger's file, or settings that name it and the control socket.
         control_address: where the Sentinel listens, if not beside the ledger.
@@ -311,6 +336,7 @@ def connect(
     Raises:
         LedgerLockedError: some process has the ledger open and answers to nobody.
         LedgerError: the ledger cannot be used.
+        SentinelUnreachableError: the Sentinel of another machine does not answer.
     """
     if isinstance(target, str | Path):
         database, address = target, control_address
@@ -318,6 +344,10 @@ def connect(
         database = target.database.db_location
         address = control_address or target.sentinel.control_address
         trust = trust or partial(_rules_of, target)
+        if target.wire.curve_dir is not None and address.startswith("tcp://"):
+            elsewhere = remote(address, timeout_s=timeout_s, curve_dir=target.wire.curve_dir)
+            elsewhere.ping()
+            return elsewhere
     clock = clock or SystemClock()
     deadline = clock.now().mono + START_WAIT_S
     while True:

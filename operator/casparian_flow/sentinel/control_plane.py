@@ -711,7 +711,10 @@ def worker_rows(broker: Broker, now: Now) -> list[Row]:
 def worker_row(worker: Worker, now: Now) -> Row:
     return {
         "worker_id": worker.worker_id,
-        "identity": worker.identity.hex(),
+        # Not all of it: who knows a routing id could try to pass for its owner.
+        "identity": worker.identity.hex()[:12],
+        "leaving": worker.leaving,
+        "bound_to": worker.bound.artifact_hash if worker.bound else "",
         "hostname": worker.hostname,
         "pid": worker.pid,
         "version": worker.version,

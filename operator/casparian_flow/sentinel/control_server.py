@@ -3,7 +3,8 @@
 One thread owns the ROUTER socket. Requests are carried out by a small pool, so that a long one
 (an export) holds up no short one; what waits for nothing itself is begun at once. Over ipc the
 kernel says who is at the other end: only the Sentinel's own user and root are served, and every
-change is logged with its caller. TCP has no such proof and is bound only where it was configured.
+change is logged with its caller. TCP has no such proof and is bound only where it was configured;
+with CURVE its clients are known by their keys, and what each may ask is for `handle` to say.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from casparian_flow.domain.errors import (
     CasparianError,
     ConfigError,
     ConflictError,
+    NotPermittedError,
     UsageError,
 )
 from casparian_flow.sentinel.caller import Caller
@@ -38,6 +40,7 @@ from casparian_flow.sentinel.control_codec import (
 )
 from casparian_flow.sentinel.paths import private_folder
 from casparian_flow.sentinel.waker import Waker
+from casparian_flow.sentinel.zap import CurveAccess, ZapHandler, key_of, serve_curve
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class ControlServer:
         handle: carries one operation out; called in several threads.
         prompt: operations for which it gives a future without waiting for anything; they need
             no other thread, which spares them two changes of threads.
+        curve: whose connections are taken; None for a socket without CURVE.
 
     Raises:
         ConflictError: somebody else answers at the address.
@@ -71,9 +75,15 @@ class ControlServer:
     """
 
     def __init__(
-        self, address: str, handle: Handler, prompt: frozenset[str] = frozenset({"ping"})
+        self,
+        address: str,
+        handle: Handler,
+        prompt: frozenset[str] = frozenset({"ping"}),
+        curve: CurveAccess | None = None,
     ) -> None:
         self.address = address
+        self._curve = curve
+        self._zap: ZapHandler | None = None
         self._handle = handle
         self._prompt = prompt
         self._context = zmq.Context()
@@ -85,7 +95,7 @@ class ControlServer:
             self._bind()
         except BaseException:
             self._socket.close(0)
-            self._context.term()
+            self._end()
             raise
         self._waker = Waker()
         self._done: deque[list[bytes]] = deque()
@@ -103,8 +113,13 @@ class ControlServer:
         if self.address.startswith(IPC):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.address.removeprefix(IPC))
-        self._context.term()
+        self._end()
         self._waker.close()
+
+    def _end(self) -> None:
+        if self._zap is not None:
+            self._zap.close()
+        self._context.term()
 
     # -- binding ----------------------------------------------------------------------------
 
@@ -113,11 +128,15 @@ class ControlServer:
             path = Path(self.address.removeprefix(IPC))
             private_folder(path.parent)
             remove_stale_socket(path)
+        if self._curve is not None:
+            self._zap = ZapHandler(self._context, self._curve.admission, self._curve.metrics)
+            serve_curve(self._socket, self._curve.pair)
         bind_or_explain(self._socket, self.address, "control_address")
         if self.address.startswith(IPC):
             os.chmod(self.address.removeprefix(IPC), 0o600)
         else:
             self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        if not self.address.startswith(IPC) and self._curve is None:
             log.warning("control socket on %s: whoever reaches it may command", self.address)
 
     # -- the socket's thread ----------------------------------------------------------------
@@ -171,6 +190,11 @@ class ControlServer:
             self._pool.submit(self._carry_out, identity, request, caller)
 
     def _caller(self, frame: zmq.Frame) -> Caller:
+        if self._curve is not None:
+            principal = self._curve.admission.principal(key_of(frame))
+            if principal is None:
+                raise NotPermittedError("this key is not admitted any more")
+            return Caller("curve", principal=principal)
         if not self.address.startswith(IPC):
             return Caller("tcp")
         caller = parse_peer(_property(frame, "Peer-Address"))

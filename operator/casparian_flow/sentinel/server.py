@@ -37,6 +37,8 @@ from casparian_flow.domain.ids import Identity
 from casparian_flow.domain.records import Limits
 from casparian_flow.domain.retry import RetryPolicy
 from casparian_flow.protocol import messages as m
+from casparian_flow.protocol.curve import server_keys
+from casparian_flow.sentinel.admission import Admission
 from casparian_flow.sentinel.api_runner import ApiRunner
 from casparian_flow.sentinel.broker import Broker, BrokerConfig
 from casparian_flow.sentinel.control import remote
@@ -44,15 +46,18 @@ from casparian_flow.sentinel.control_plane import PROMPT, ControlPlane
 from casparian_flow.sentinel.control_server import ControlServer
 from casparian_flow.sentinel.core import SentinelCore
 from casparian_flow.sentinel.events import Drain, Send, Tick, WorkerMessage
+from casparian_flow.sentinel.gate import Gate
 from casparian_flow.sentinel.housekeeping import Housekeeping, Retention
 from casparian_flow.sentinel.loop import CoreLoop, MeteredWriter
 from casparian_flow.sentinel.metrics import SentinelMetrics, gauges_of, serve
 from casparian_flow.sentinel.paths import IN_MEMORY, control_address
+from casparian_flow.sentinel.remote_calls import RemoteCalls
 from casparian_flow.sentinel.screening import refusal
 from casparian_flow.sentinel.trial_desk import TrialDesk
 from casparian_flow.sentinel.waker import Waker
 from casparian_flow.sentinel.wire_calls import WireCalls
-from casparian_flow.sentinel.worker_socket import WorkerSocket
+from casparian_flow.sentinel.worker_socket import LOOPBACK_PREFIXES, Curve, WorkerSocket
+from casparian_flow.sentinel.zap import CurveAccess
 from casparian_flow.trust.rules import TrustSource, nobody
 
 if TYPE_CHECKING:
@@ -96,6 +101,13 @@ class SentinelConfig:
             while it is bound to this machine alone.
         allow_self_approval: whether who asked may approve; None = likewise.
         retention: how long history is kept; by default for ever.
+        curve_dir: folder with the Sentinel's own CURVE keys (protocol/curve.py); with it only
+            clients whose keys `admission` holds may connect. None = no encryption, for one machine.
+        admission: whose keys are admitted; kept up to date by who made it.
+        remote_control_address: where Scouts, backup jobs and MCP servers of other machines reach
+            the control plane, each for what it needs; "" = nowhere. Wants `curve_dir`.
+        loopback_control_address: a control socket on this machine's loopback, for those who may
+            forward ports to it; "" = none.
         epoch_floor: the highest epoch known from outside the ledger; this Sentinel's is above it.
     """
 
@@ -117,6 +129,10 @@ class SentinelConfig:
     retention: Retention = field(default_factory=Retention)
     trust: TrustSource = nobody
     trials: bool = True
+    curve_dir: Path | None = None
+    admission: Admission | None = None
+    remote_control_address: str = ""
+    loopback_control_address: str = ""
     epoch_floor: int = 0
 
     def broker_config(self) -> BrokerConfig:
@@ -145,6 +161,7 @@ class Sentinel:
     _core: SentinelCore[Ledger]
     _loop: CoreLoop[Ledger]
     _socket: WorkerSocket
+    _curve: Curve | None
     _wire_calls: WireCalls
     _desk: TrialDesk
     _plane: ControlPlane
@@ -156,6 +173,9 @@ class Sentinel:
         """The address that is bound, once `wait_started` returned True."""
         self.control_address = ""
         """Likewise; "" for an in-memory ledger without one of its own."""
+        self.remote_control_address = ""
+        self.loopback_control_address = ""
+        """Likewise; "" where none is asked for."""
         self._broker_config = config.broker_config()
         self._clock = clock or SystemClock()
         self._waker = Waker()
@@ -222,7 +242,10 @@ class Sentinel:
         self._await_ledger()
         self._desk = TrialDesk(self._loop, self._clock, self._waker.wake)
         self._desk.start()
-        self._socket = WorkerSocket(config.bind_address, self.metrics, self._reads_batches)
+        self._curve = self._open_gate(stack)
+        self._socket = WorkerSocket(
+            config.bind_address, self.metrics, self._reads_batches, self._curve
+        )
         stack.callback(self._socket.close)
         self.bind_address = self._socket.address
         plane = ControlPlane(
@@ -238,10 +261,12 @@ class Sentinel:
         )
         self._plane = plane
         allowed = self._socket.is_local if config.wire_deploy is None else config.wire_deploy
+        allowed = allowed and self._curve is None
         plane.remove_old_snapshots()
         self._wire_calls = WireCalls(plane, self._waker.wake, allowed=allowed)
         stack.callback(self._wire_calls.close)
         self._open_control(stack, plane)
+        self._open_control_by_tcp(stack, plane)
         runner = ApiRunner(self._loop, self._clock, plane.cancel_job)
         stack.callback(runner.close)
         plane.api.news = runner.wake
@@ -252,6 +277,23 @@ class Sentinel:
         stack.callback(self._loop.close)
         self._open_metrics(stack)
         log.info("sentinel ready: workers at %s", self.bind_address)
+
+    def _open_gate(self, stack: ExitStack) -> Curve | None:
+        """Raises:
+        ConfigError: there are no keys to serve with, or nobody to say whom to admit.
+        """
+        folder, admission = self.config.curve_dir, self.config.admission
+        if folder is None and admission is None and not self.config.remote_control_address:
+            return None
+        if folder is None or admission is None:
+            raise ConfigError(
+                "CURVE wants both the Sentinel's keys and somebody who admits others' keys",
+                hint="The operator on Kubernetes gives both; on one machine leave [wire] "
+                "curve_dir empty.",
+            )
+        gate = Gate(admission, self.metrics, self._clock, self._waker.wake)
+        stack.callback(gate.close)
+        return Curve(server_keys(folder), admission, gate)
 
     def _allows_self_approval(self) -> bool:
         allowed = self.config.allow_self_approval
@@ -328,6 +370,30 @@ class Sentinel:
         stack.callback(server.close)
         self.control_address = server.address
 
+    def _open_control_by_tcp(self, stack: ExitStack, plane: ControlPlane) -> None:
+        """The control sockets of a pod: loopback, for forwarded ports, and CURVE for other pods.
+
+        Raises:
+            ConfigError: an address is not on loopback that ought to be, or cannot be bound.
+        """
+        loopback = self.config.loopback_control_address
+        if loopback:
+            if not loopback.startswith(LOOPBACK_PREFIXES):
+                raise ConfigError(
+                    f"{loopback} is no loopback address: whoever reaches it may command",
+                    hint="Give tcp://127.0.0.1:PORT.",
+                )
+            server = ControlServer(loopback, plane.carry_out, PROMPT)
+            stack.callback(server.close)
+            self.loopback_control_address = server.address
+        remote_address = self.config.remote_control_address
+        if remote_address and self._curve is not None:
+            access = CurveAccess(self._curve.pair, self._curve.admission, self.metrics)
+            calls = RemoteCalls(plane)
+            server = ControlServer(remote_address, calls.carry_out, PROMPT, access)
+            stack.callback(server.close)
+            self.remote_control_address = server.address
+
     def _open_metrics(self, stack: ExitStack) -> None:
         if self.config.metrics_port:
             server = serve(self.metrics, self.config.metrics_port, self.config.metrics_host)
@@ -373,10 +439,15 @@ class Sentinel:
                     self._desk.take(event.identity, event.message)
                     continue
             self._core.feed(event)
+        gate = self._curve.gate if self._curve is not None else None
+        for admitted in gate.admitted() if gate is not None else ():
+            self._core.feed(admitted)
         mono = self._clock.now().mono
         if mono >= next_tick:
             next_tick = mono + TICK_S
             self._core.feed(Tick())
+            for revoked in gate.tick(self._core.broker.workers) if gate is not None else ():
+                self._core.feed(revoked)
             self.metrics.gauges = gauges_of(self._core)
         sends = self._loop.turn()
         sends.extend(self._wire_calls.answers())
@@ -384,6 +455,8 @@ class Sentinel:
         if sends:
             self._measure(sends)
             self._socket.send(sends)
+        if self._curve is not None:
+            self._socket.send(self._curve.gate.answers(), to_anybody=True)
         observations = self._core.broker.observations
         if observations:
             self.metrics.observe_jobs(observations)
@@ -471,6 +544,7 @@ def config_of(settings: "Settings") -> SentinelConfig:
         database=settings.database.db_location,
         memory_limit_mb=settings.database.memory_limit_mb,
         control_address=own.control_address,
+        curve_dir=settings.wire.curve_dir,
         metrics_port=own.metrics_port,
         lease_ttl_s=own.lease_ttl_seconds,
         heartbeat_s=own.heartbeat_seconds,

@@ -1,5 +1,8 @@
 """The ROUTER that workers connect to: frames in, frames out, and what cannot be read counted.
 
+With keys (`Curve`) it takes connections of admitted clients only, and what they send passes the
+gate. Without, it believes whoever reaches it, as processes of one machine do.
+
 Nothing that a peer sends raises out of here. Receiving is bounded by messages and bytes, so that
 one loud worker cannot keep the loop from its other work; sending never waits, because the
 protocol repeats whatever a full or vanished peer misses.
@@ -7,6 +10,7 @@ protocol repeats whatever a full or vanished peer misses.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import zmq
 
@@ -14,6 +18,7 @@ from casparian_flow.domain.errors import ProtocolError
 from casparian_flow.domain.ids import Identity
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.codec import decode_all, encode
+from casparian_flow.protocol.curve import CurvePair
 from casparian_flow.protocol.frames import (
     BATCH_ITEMS_MAX,
     HEADER_BYTES,
@@ -23,9 +28,12 @@ from casparian_flow.protocol.frames import (
     pack_batch,
 )
 from casparian_flow.protocol.limits import CREDIT_MAX
+from casparian_flow.sentinel.admission import Admission
 from casparian_flow.sentinel.control_server import bind_or_explain
 from casparian_flow.sentinel.events import BadFrame, Send, WorkerMessage
+from casparian_flow.sentinel.gate import Gate
 from casparian_flow.sentinel.metrics import SentinelMetrics
+from casparian_flow.sentinel.zap import ZapHandler, key_of, serve_curve
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,14 @@ BATCH_BYTES = 1024 * 1024
 LOOPBACK_PREFIXES = ("tcp://127.", "tcp://localhost:", "tcp://[::1]:", "ipc://", "inproc://")
 
 
+class Curve(NamedTuple):
+    """How a socket with CURVE knows its clients."""
+
+    pair: CurvePair
+    admission: Admission
+    gate: Gate
+
+
 class WorkerSocket:
     """Bound at construction.
 
@@ -49,28 +65,39 @@ class WorkerSocket:
         address: `tcp://host:port` (`*` for any port) or `ipc://path`.
         metrics: counts messages and errors.
         batches: whether a peer reads BATCH.
+        curve: whose connections are taken; None for a socket without encryption.
 
     Raises:
         ConflictError, ConfigError: the address cannot be bound.
     """
 
     def __init__(
-        self, address: str, metrics: SentinelMetrics, batches: Callable[[Identity], bool]
+        self,
+        address: str,
+        metrics: SentinelMetrics,
+        batches: Callable[[Identity], bool],
+        curve: Curve | None = None,
     ) -> None:
         self._metrics = metrics
         self._batches = batches
+        self._gate = curve.gate if curve else None
+        self._zap: ZapHandler | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.linger = 500
         self.socket.sndhwm = SEND_HWM
         self.socket.rcvhwm = RECEIVE_HWM
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A worker that was cut off and comes back under its routing id gets its place back.
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A worker that was cut off and comes back under its routing id gets its place back. Where
+        # peers are told apart nobody may take another one's place, not even with its routing id.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0 if curve else 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, SOCKET_BYTES_MAX)
         self.socket.setsockopt(zmq.BACKLOG, 1024)
         self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         try:
+            if curve:
+                self._zap = ZapHandler(self._context, curve.admission, metrics)
+                serve_curve(self.socket, curve.pair)
             bind_or_explain(self.socket, address, "bind_address")
         except BaseException:
             self.close()
@@ -86,6 +113,8 @@ class WorkerSocket:
 
     def close(self) -> None:
         self.socket.close()
+        if self._zap is not None:
+            self._zap.close()
         self._context.term()
 
     # -- receiving --------------------------------------------------------------------------
@@ -96,7 +125,7 @@ class WorkerSocket:
         self.exhausted = False
         while count < MESSAGES_PER_TURN and size < BYTES_PER_TURN:
             try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames, key = self._frames()
             except zmq.Again:
                 self.exhausted = True
                 return
@@ -107,18 +136,33 @@ class WorkerSocket:
                 items = decode_all(frames[1:])
             except ProtocolError as error:
                 self._metrics.count("messages_received")
-                log.debug("malformed message from %s: %s", identity.hex(), error)
-                yield BadFrame(identity, str(error))
+                log.debug("malformed message from %s: %s", _shown(identity), error)
+                if self._gate is None or self._gate.speaks(identity, key):
+                    yield BadFrame(identity, str(error))
                 continue
             count += len(items)
             self._metrics.count("messages_received", len(items))
             for job_id, message in items:
-                yield WorkerMessage(identity, job_id, message)
+                if self._gate is None:
+                    yield WorkerMessage(identity, job_id, message)
+                elif (event := self._gate.take(identity, key, job_id, message)) is not None:
+                    yield event
+
+    def _frames(self) -> tuple[list[bytes], str]:
+        """The next message's frames, and its sender's key."""
+        if self._gate is None:
+            return self.socket.recv_multipart(zmq.NOBLOCK), ""
+        parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        return [part.bytes for part in parts], key_of(parts[-1])
 
     # -- sending ----------------------------------------------------------------------------
 
-    def send(self, sends: Sequence[Send]) -> None:
-        """Send in order per peer, together where the peer reads BATCH."""
+    def send(self, sends: Sequence[Send], *, to_anybody: bool = False) -> None:
+        """Send in order per peer, together where the peer reads BATCH.
+
+        Args:
+            to_anybody: also to peers that the gate has not admitted.
+        """
         queues: dict[Identity, list[Frame]] = {}
         acks: dict[Identity, list[str]] = {}
         for item in sends:
@@ -133,7 +177,10 @@ class WorkerSocket:
         for identity, tokens in acks.items():
             queues.setdefault(identity, []).append(encode(0, m.ConcludeAck(tokens)))
         for identity, queue in queues.items():
-            self._send_to(identity, queue)
+            if self._gate is None or to_anybody or self._gate.hears(identity):
+                self._send_to(identity, queue)
+            else:
+                self._metrics.count("messages_dropped", len(queue))
 
     def _send_to(self, identity: Identity, frames: Sequence[Frame]) -> None:
         sent = 0
@@ -150,8 +197,14 @@ class WorkerSocket:
         except zmq.ZMQError as error:
             # Gone (EHOSTUNREACH) or not reading (EAGAIN): everything that matters is repeated.
             self._metrics.count("messages_dropped", len(frames) - sent)
-            log.debug("%d messages to %s dropped: %s", len(frames) - sent, identity.hex(), error)
+            left = len(frames) - sent
+            log.debug("%d messages to %s dropped: %s", left, _shown(identity), error)
         self._metrics.count("messages_sent", sent)
+
+
+def _shown(identity: Identity) -> str:
+    """Enough of a routing id to tell peers apart, and not enough to pass for one of them."""
+    return identity.hex()[:8]
 
 
 def _groups(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
