@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_label_values_are_fit_and_differ_where_the_texts_do(first: str, second: 
 
 def test_every_finding_of_the_trust_policy_has_a_reason() -> None:
     assert set(reasons.VERIFIED_BY_TRUST_CODE) == set(Code)
+
+
+def test_every_condition_and_reason_is_told_in_the_document() -> None:
+    page = (REPOSITORY / "docs" / "crds.md").read_text("utf-8")
+    enums = [e for e in vars(reasons).values() if isinstance(e, type) and issubclass(e, StrEnum)]
+    for enum in enums:
+        told = page.partition(f"## {enum.__name__}\n")[2].partition("\n## ")[0]
+        for word in enum if enum is not StrEnum else ():
+            assert f"| `{word}` | " in told, (enum, word)
 
 
 def test_a_contract_in_an_object_is_one_that_workers_read() -> None:

@@ -60,6 +60,7 @@ class VerifiedReason(StrEnum):
     KEY_NOT_VALID = "KeyNotValid"
     """The key's time has not begun, or is over."""
     KEY_REVOKED = "KeyRevoked"
+    """The key was revoked, and counts for nothing any more."""
     GATEKEEPER_REFUSED = "GatekeeperRefused"
     """The source does what the trust profile does not allow."""
     MANIFEST_REFUSED = "ManifestRefused"
