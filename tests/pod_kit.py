@@ -10,12 +10,21 @@ import ctypes
 import errno
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
+from casparian_flow.domain.clock import SystemClock
+from casparian_worker.remote_family import PluginContainer
 from casparian_worker.sandbox import libc, seccomp
 
+ROOT = os.geteuid() == 0
 PLUGIN_USER, WORKER_USER, GROUP = 60_951, 60_952, 60_953
 _CLONE_NEWNS = 0x20000
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -38,9 +47,74 @@ def as_container(
 def volume(folder: Path) -> Path:
     """An emptyDir with the pod's fsGroup."""
     folder.mkdir(parents=True)
-    os.chown(folder, 0, GROUP)
-    folder.chmod(0o2777)
+    if ROOT:
+        os.chown(folder, 0, GROUP)
+        folder.chmod(0o2777)
     return folder
+
+
+@dataclass
+class Pod:
+    """Volumes, and the process of the plugin container."""
+
+    folder: Path
+    launchers: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    @property
+    def socket(self) -> str:
+        return str(self.folder / "run" / "launcher.sock")
+
+    @property
+    def launcher(self) -> "subprocess.Popen[bytes]":
+        return self.launchers[-1]
+
+    def launch(self, peer: int | None = None) -> None:
+        peer = os.geteuid() if peer is None else peer
+        run, scratch = self.folder / "run", self.folder / "plugin-tmp"
+        command = [
+            sys.executable, "-m", "casparian_worker.launcher", "--socket", self.socket,
+            "--scratch", str(scratch), "--peer-uid", str(peer),
+        ]  # fmt: skip
+        if ROOT:
+            command = as_container(PLUGIN_USER, command, volumes=[run, scratch])
+        with (self.folder / "launcher.log").open("ab") as log:
+            self.launchers.append(subprocess.Popen(command, stdout=log, stderr=log))
+
+    def container(self, patience_s: float = 30.0) -> PluginContainer:
+        return PluginContainer(self.socket, SystemClock(), patience_s=patience_s)
+
+    def families(self) -> list[psutil.Process]:
+        return psutil.Process(self.launcher.pid).children(recursive=True)
+
+    def left(self) -> list[str]:
+        return os.listdir(self.folder / "plugin-tmp" / "casparian-plugins")
+
+    def log(self) -> str:
+        return (self.folder / "launcher.log").read_text()
+
+
+@contextmanager
+def pod_folder() -> Iterator[Pod]:
+    """Volumes for one pod, gone with its launchers afterwards."""
+    # pytest's own folders are this user's alone.
+    with tempfile.TemporaryDirectory(prefix="casparian-pod-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for part in ("run", "scratch", "plugin-tmp", "output", "cache"):
+            volume(folder / part)
+        pod = Pod(folder)
+        groups = os.getgroups()
+        if ROOT:
+            os.setgroups([*groups, GROUP])
+        try:
+            yield pod
+        finally:
+            for launcher in pod.launchers:
+                launcher.kill()
+                launcher.wait(10)
+            print(pod.log() if pod.launchers else "")
+            if ROOT:
+                os.setgroups(groups)
 
 
 def enter(user: int, volumes: Sequence[str], hidden: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +113,19 @@ class WorkerProcess:
 
 @contextmanager
 def worker_process(
-    address: str, folder: Path, *options: str, name: str = "w1"
+    address: str,
+    folder: Path,
+    *options: str,
+    name: str = "w1",
+    within: Callable[[list[str]], list[str]] = list,
+    **settings: str,
 ) -> Iterator[WorkerProcess]:
-    """Run `python -m casparian_flow.engine.worker_client` in `folder`; killed at the end."""
+    """Run `python -m casparian_flow.engine.worker_client` in `folder`; killed at the end.
+
+    Args:
+        within: makes of its command one that runs it in a container.
+        settings: further variables of its environment.
+    """
     log = folder / f"{name}.log"
     environment = {
         **os.environ,
@@ -124,6 +134,7 @@ def worker_process(
         "CASPARIAN_TRUST__ALLOWED_SIGNERS": json.dumps([SIGNER]),
         "CASPARIAN_TRUST__KEYS": json.dumps({SIGNER: [{"public": public_text(KEY.public_key())}]}),
         "CASPARIAN_TRUST__GATEKEEPER": "off",
+        **settings,
     }
     command = [
         sys.executable, "-m", "casparian_flow.engine.worker_client", "--connect", address,
@@ -132,7 +143,9 @@ def worker_process(
     if "--slots" not in options:
         command += ["--slots", "1"]
     with log.open("ab") as sink:
-        popen = subprocess.Popen(command, stdout=sink, stderr=sink, cwd=folder, env=environment)
+        popen = subprocess.Popen(
+            within(command), stdout=sink, stderr=sink, cwd=folder, env=environment
+        )
     worker = WorkerProcess(popen, folder / "output", log)
     try:
         yield worker

@@ -7,91 +7,26 @@ had (pod_kit.py). Without root it runs as this user and shares this machine's fo
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 from plugin_runs import Bench, collect, handler
-from pod_kit import GROUP, PLUGIN_USER, as_container, volume
+from pod_kit import PLUGIN_USER, ROOT, Pod, pod_folder
 from worker_process import wait_until
 
-from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.failures import Reason
 from casparian_worker import launch_line, remote_family
 from casparian_worker.plugin_events import Failed, Finished, LaunchError, RunRequest, Started
 from casparian_worker.remote_family import PluginContainer
 from casparian_worker.runtime import POD_REQUIRED, PluginRuntime, SandboxPolicy
 
-ROOT = os.geteuid() == 0
-
-
-@dataclass
-class Pod:
-    """Volumes, and the process of the plugin container."""
-
-    folder: Path
-    launchers: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
-
-    @property
-    def socket(self) -> str:
-        return str(self.folder / "run" / "launcher.sock")
-
-    @property
-    def launcher(self) -> "subprocess.Popen[bytes]":
-        return self.launchers[-1]
-
-    def launch(self, peer: int | None = None) -> None:
-        peer = os.geteuid() if peer is None else peer
-        run, scratch = self.folder / "run", self.folder / "plugin-tmp"
-        command = [
-            sys.executable, "-m", "casparian_worker.launcher", "--socket", self.socket,
-            "--scratch", str(scratch), "--peer-uid", str(peer),
-        ]  # fmt: skip
-        if ROOT:
-            command = as_container(PLUGIN_USER, command, volumes=[run, scratch])
-        with (self.folder / "launcher.log").open("ab") as log:
-            self.launchers.append(subprocess.Popen(command, stdout=log, stderr=log))
-
-    def container(self, patience_s: float = 30.0) -> PluginContainer:
-        return PluginContainer(self.socket, SystemClock(), patience_s=patience_s)
-
-    def families(self) -> list[psutil.Process]:
-        return psutil.Process(self.launcher.pid).children(recursive=True)
-
-    def left(self) -> list[str]:
-        return os.listdir(self.folder / "plugin-tmp" / "casparian-plugins")
-
-    def log(self) -> str:
-        return (self.folder / "launcher.log").read_text()
-
 
 @pytest.fixture
 def pod() -> Iterator[Pod]:
-    # pytest's own folders are this user's alone.
-    with tempfile.TemporaryDirectory(prefix="casparian-pod-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        for part in ("run", "scratch", "plugin-tmp"):
-            volume(folder / part)
-        pod = Pod(folder)
-        groups = os.getgroups()
-        if ROOT:
-            os.setgroups([*groups, GROUP])
-        try:
-            yield pod
-        finally:
-            for launcher in pod.launchers:
-                launcher.kill()
-                launcher.wait(10)
-            print(pod.log() if pod.launchers else "")
-            if ROOT:
-                os.setgroups(groups)
+    with pod_folder() as pod:
+        yield pod
 
 
 @pytest.fixture

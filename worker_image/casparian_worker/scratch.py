@@ -17,7 +17,7 @@ from casparian_worker import clearing
 
 _USERS = 400
 """How many user ids from `uid_base` on may be used."""
-_LOCK_FOLDERS = ("/run/lock", "/run", tempfile.gettempdir())
+_LOCK_FOLDERS = ("/run/lock", "/run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Scratch:
 
 def _claim_user(base: int, number: int) -> tuple[int, int]:
     """(user id, lock); without any place for locks, an id by the slot's number alone."""
-    for folder in _LOCK_FOLDERS:
+    for folder in (*_LOCK_FOLDERS, tempfile.gettempdir()):
         for uid in range(base, base + _USERS):
             try:
                 lock = _hold(os.path.join(folder, f"casparian-uid-{uid}.lock"))
