@@ -332,7 +332,8 @@ class EnvironmentCache:
             ) from error
         if done.returncode:
             told = done.stderr[-_MESSAGE_BYTES_MAX:].decode("utf-8", "replace").strip()
-            network = any(sign in told.lower() for sign in _NETWORK_SIGNS)
+            words = told.lower()
+            network = "hash mismatch" not in words and any(s in words for s in _NETWORK_SIGNS)
             named = "pip install" if command[0] == "pip" else command[0]
             raise _refusal(f"uv {named} failed: {told}", transient=network)
 
