@@ -15,7 +15,7 @@ import pytest
 from signing_kit import lax_rules, signed
 from worker_process import wait_until, worker_process
 
-from casparian_flow.db import api_approvals, api_runs
+from casparian_flow.db import api_approvals, api_begin, api_runs
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.group_commit import transaction_of
 from casparian_flow.db.ledger import Ledger
@@ -405,7 +405,7 @@ def test_a_change_between_approval_and_beginning_voids_it(tmp_path: Path) -> Non
         ledger.query("SELECT 1")
         with ledger.transaction() as connection:
             connection.execute("UPDATE cf_file_version SET content_hash = 'other' WHERE id = 1")
-        began, jobs = api_runs.begin(ledger, clock, job_id)
+        began, jobs = api_begin.begin(ledger, clock, job_id)
         assert (began, jobs) == (False, [])
         (row,) = ledger.query("SELECT status, stale_reason FROM cf_api_approvals")
         assert row["status"] == "stale"
@@ -453,6 +453,76 @@ def test_a_pinned_job_is_not_run_by_another_version(tmp_path: Path) -> None:
     assert "version 2.0.0 of people is active now" in (job.error_message or "")
     assert list(site.folder.glob("output/**/*.parquet")) == []
     site.stop()
+
+
+def test_a_large_run_begins_slice_by_slice_also_across_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_begin, "SLICE", 2)
+    monkeypatch.setattr("casparian_flow.sentinel.api_runner.SLICES_MAX", 1)
+    site = Site(tmp_path)
+    folder = site.fill("in", {f"{n}.csv": f"name,n\nann,{n}\n" for n in range(7)})
+    asked = site.api.request_run("people", None, folder, "parquet://large")
+    site.stop()
+    clock = SystemClock()
+    for expected in (2, 4):
+        # The ledger is closed in between, as after a kill.
+        with Ledger.open(site.database, clock=clock) as ledger:
+            ledger.screen = lambda _: ""
+            if expected == 2:
+                assert api_runs.approve(ledger, clock, asked.approval_id, "ann", allow_self=True)
+                (job_id,) = api_runs.waiting_jobs(ledger)
+                began, jobs = api_begin.begin(ledger, clock, job_id)
+            else:
+                began, jobs = api_begin.go_on(ledger, clock, job_id)
+            assert (began, len(jobs)) == (True, 2)
+            assert api_begin.unfinished(ledger) == [job_id]
+            assert api_runs.ended_among(ledger, [int(job.job_id) for job in jobs]) == []
+            # Nothing has ended, and if it had: the job goes on while tasks are still to be made.
+            assert not api_runs.collect(ledger, clock, job_id, [])
+            assert ledger.check() == []
+    # What changes now comes too late for what was judged; the sinks are those of the approval.
+    site._begin()
+    site.control.set_topic("people", "people", uri="parquet://elsewhere")
+    with worker_process(site.sentinel.bind_address, site.folder):
+        job = site.end_of(job_id)
+    assert job.status is HttpJobStatus.COMPLETED, job
+    assert job.result is not None
+    assert (job.result.metrics["files"], job.result.metrics["files_completed"]) == (7, 7)
+    assert job.result.metrics["files_done_before"] == 0
+    assert sorted(row["n"] for row in site.published("large")) == list(range(7))
+    assert len(site.jobs()) == 7
+    progress = [e.payload for e in site.api.list_events(job_id) if e.event_type == "progress"]
+    assert [p.items_done for p in progress] == list(range(8))
+    # All of it is done before now, slice by slice.
+    again = site.api.start_job(HttpJobType.RUN, "people", None, folder, "parquet://large")
+    job = site.end_of(again)
+    assert job.result is not None
+    assert job.result.metrics["files_done_before"] == 7
+    assert kinds(site.api.list_events(again)) == [
+        "job_started", "phase", *["progress"] * 4, "job_finished"
+    ]  # fmt: skip
+    site.stop()
+
+
+def test_a_job_that_is_cancelled_while_it_begins_makes_no_more_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_begin, "SLICE", 2)
+    site = Site(tmp_path)
+    folder = site.fill("in", THREE)
+    site.stop()
+    clock = SystemClock()
+    with Ledger.open(site.database, clock=clock) as ledger:
+        ledger.screen = lambda _: ""
+        storage = ApiStorage(ledger, clock=clock)
+        job_id = storage.start_job(HttpJobType.BACKTEST, "people", None, folder)
+        began, jobs = api_begin.begin(ledger, clock, job_id)
+        assert (began, len(jobs)) == (True, 2)
+        assert storage.cancel_job(job_id)
+        assert api_begin.go_on(ledger, clock, job_id) == (False, [])
+        assert api_begin.unfinished(ledger) == []
+        assert len(ledger.query("SELECT * FROM cf_api_tasks")) == 2
 
 
 def test_a_rejected_or_expired_request_runs_nothing(idle: Site) -> None:

@@ -18,6 +18,7 @@ from ledger_kit import (
 
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.db.ledger import Ledger
+from casparian_flow.db.migrations import STEPS
 from casparian_flow.db.retention import HistoryAges, HistoryCleaned, clean_history
 from casparian_flow.domain.jobs import JobStatus
 from casparian_flow.protocol import ApprovalOperation, EventType, HttpJobType
@@ -163,6 +164,27 @@ def test_api_storage_goes_along_with_an_export(tmp_path: Path, clock: ManualCloc
         assert new.check() == []
 
 
+def test_a_ledger_without_plans_of_api_jobs_gets_their_table(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    path = tmp_path / "old.duckdb"
+    with Ledger.open(path, clock=clock) as ledger:
+        job_id = fill(ApiStorage(ledger, clock=clock))
+        before, step = ledger.query("SELECT * FROM cf_api_events"), STEPS[1]
+        made = "SELECT sql FROM duckdb_tables() WHERE table_name = 'cf_api_plans'"
+        (table,) = ledger.query(made)
+        with ledger.transaction() as connection:
+            connection.execute("DROP TABLE cf_api_plans")
+            connection.execute(
+                "UPDATE cf_meta SET value = $1 WHERE key = 'schema_fingerprint'", [step.before]
+            )
+    with Ledger.open(path, clock=clock) as ledger:
+        assert ledger.query(made) == [table]
+        assert ledger.query("SELECT * FROM cf_api_events") == before
+        assert ApiStorage(ledger, clock=clock).next_event_id(job_id) == 7
+        assert ledger.check() == []
+
+
 def test_a_snapshot_has_the_api_storage_in_it(tmp_path: Path, clock: ManualClock) -> None:
     with Ledger.open(tmp_path / "a.duckdb", clock=clock) as ledger:
         job_id = fill(ApiStorage(ledger, clock=clock))
@@ -185,6 +207,7 @@ def test_a_snapshot_has_the_api_storage_in_it(tmp_path: Path, clock: ManualClock
         ("UPDATE cf_api_approvals SET status = 'pending'", "approval a is pending, but"),
         ("UPDATE cf_api_jobs SET approval_id = 'a' WHERE job_id = 1", "approval a has started 2"),
         ("INSERT INTO cf_api_tasks VALUES (1, 5, true, true)", "API job 1 stands for job 5"),
+        ("INSERT INTO cf_api_plans VALUES (5, '{}', 0)", "a plan is of API job 5"),
         ("DELETE FROM cf_api_jobs WHERE job_id = 1", "of API job 1, which does not exist"),
     ],
 )

@@ -6,7 +6,7 @@ Approvals stay: they are the record of who allowed what.
 """
 
 from casparian_flow.db.api_state import Unit
-from casparian_flow.db.api_tables import EVENTS, JOBS, TASKS
+from casparian_flow.db.api_tables import EVENTS, JOBS, PLANS, TASKS
 from casparian_flow.domain.clock import utc
 from casparian_flow.protocol.http_types import Cleaned
 
@@ -45,7 +45,8 @@ def clean_up(unit: Unit, job_age_us: int, event_age_us: int) -> Cleaned:
         "WHERE j.job_id = o.job_id"
     )
     events += unit.change(f"DELETE FROM {EVENTS} WHERE job_id IN (SELECT job_id FROM old_jobs)")
-    unit.change(f"DELETE FROM {TASKS} WHERE api_job_id IN (SELECT job_id FROM old_jobs)")
+    for table in (TASKS, PLANS):
+        unit.change(f"DELETE FROM {table} WHERE api_job_id IN (SELECT job_id FROM old_jobs)")
     jobs = unit.change(f"DELETE FROM {JOBS} WHERE job_id IN (SELECT job_id FROM old_jobs)")
     connection.execute("DROP TABLE old_jobs")
     connection.execute("DROP TABLE old_events")

@@ -1,7 +1,7 @@
-"""API jobs that the Sentinel carries out: what they would do, their tasks, and how they end.
+"""API jobs that the Sentinel carries out: what they would do, and how they end.
 
-    folder, plugin ─ plan ─> file versions, sinks ─ begin ─> jobs of the queue (tasks), in the
-    transaction that makes the API job `running` ─ collect ─> events, then the result
+    folder, plugin ─ plan ─> file versions, sinks ─ begin (api_begin.py) ─> jobs of the queue,
+    its tasks ─ collect ─> events, then the result
 
 A task is told once: its events and the mark that they are written are one transaction. What was
 approved is compared with the plan when it is approved, when its job is made, and when it begins.
@@ -20,19 +20,16 @@ import msgspec
 
 from casparian_flow.db import api_approvals, api_jobs
 from casparian_flow.db.api_checks import checked
-from casparian_flow.db.api_state import Connection, Unit, checked_event, rows
-from casparian_flow.db.api_tables import APPROVALS, JOBS, TASKS
+from casparian_flow.db.api_state import Connection, Unit, checked_event
+from casparian_flow.db.api_tables import APPROVALS, JOBS, PLANS, TASKS
 from casparian_flow.db.fanout import (
     QUEUE_TABLE,
-    Wanted,
-    enqueue,
     load_rule_set,
     manual_tags,
     merged_tags,
 )
 from casparian_flow.db.group_commit import transaction_of
 from casparian_flow.db.ledger import Ledger
-from casparian_flow.db.loading import encode_overrides
 from casparian_flow.domain.clock import Clock, utc
 from casparian_flow.domain.contracts import parse_contract
 from casparian_flow.domain.errors import CasparianError, ConflictError, NotFoundError, UsageError
@@ -49,7 +46,7 @@ from casparian_flow.domain.outputs import (
     sinks_for,
 )
 from casparian_flow.domain.paths import path_to_text
-from casparian_flow.domain.records import Job, PluginSpec
+from casparian_flow.domain.records import PluginSpec
 from casparian_flow.domain.scoped_names import namespace_of
 from casparian_flow.domain.wording import counted
 from casparian_flow.protocol.http_types import (
@@ -74,7 +71,7 @@ from casparian_flow.protocol.http_types import (
     encode_payload,
     new_approval_id,
 )
-from casparian_flow.services.routing import MANUAL_PRIORITY, Match, parse_tags
+from casparian_flow.services.routing import parse_tags
 
 FILES_MAX: Final = 100_000
 """File versions of one API job."""
@@ -84,7 +81,6 @@ TOLD_MAX: Final = 500
 """Tasks told in one transaction."""
 MESSAGE_CHARS_MAX: Final = 1_000
 SINK_CHARS_MAX: Final = 4_000
-PHASE: Final = "process"
 _CARRIED: Final = '{"carried_out_by":"sentinel"'
 """How the JSON of a JobSpec begins."""
 _ENDED: Final = ", ".join(f"'{status}'" for status in sorted(TERMINAL))
@@ -496,47 +492,6 @@ def waiting_jobs(ledger: Ledger) -> list[int]:
     return [int(row["job_id"]) for row in found]
 
 
-def begin(ledger: Ledger, clock: Clock, api_job_id: int) -> tuple[bool, list[Job]]:
-    """Make a queued job running, with its tasks, or let it fail or become stale.
-
-    Returns:
-        Whether it runs now, and the new jobs for the broker.
-    """
-    job = ledger.read(lambda connection: api_jobs.get_job(connection, api_job_id))
-    if job is None or job.status is not HttpJobStatus.QUEUED:
-        return False, []
-    try:
-        spec = checked_spec(job)
-        planned = plan(
-            ledger, job.plugin_name, job.plugin_version, job.input_dir, job.output_sink,
-            _bounded(job, spec),
-        )  # fmt: skip
-    except CasparianError as error:
-        with transaction_of(ledger, clock) as unit:
-            _refuse(unit, job, error)
-        return False, []
-    with transaction_of(ledger, clock, folded=True) as unit:
-        if _is_stale(unit, job, planned):
-            return False, []
-        connection = unit.connection_for_change()
-        if job.job_type is HttpJobType.RUN:
-            wanted, adopted = _run_jobs(connection, planned, force=spec.force)
-        else:
-            rows_max = spec.rows_max if job.job_type is HttpJobType.PREVIEW else 0
-            wanted, adopted = _rehearsals(planned, rows_max), []
-        jobs = enqueue(ledger, connection, wanted, unit.now_us())
-        _write_tasks(connection, api_job_id, [int(j.job_id) for j in jobs], own=True)
-        _write_tasks(connection, api_job_id, adopted, own=False)
-        done = len(planned.files) - len(jobs) - len(adopted)
-        api_jobs.update_status(unit, api_job_id, HttpJobStatus.RUNNING, None)
-        _add(unit, api_job_id, EventType.JobStarted())
-        _add(unit, api_job_id, EventType.Phase(PHASE))
-        message = f"{counted(done, 'file')} done before" if done else None
-        _add(unit, api_job_id, EventType.Progress(done, len(planned.files), message))
-        _set_progress(unit, api_job_id, done, len(planned.files))
-    return True, jobs
-
-
 def checked_spec(job: HttpJob) -> JobSpec:
     """Raises:
     UsageError: the job's spec is none.
@@ -545,131 +500,6 @@ def checked_spec(job: HttpJob) -> JobSpec:
         return msgspec.json.decode(job.spec_json or "", type=JobSpec)
     except msgspec.MsgspecError as error:
         raise UsageError(f"the job's spec: {error}") from error
-
-
-def _bounded(job: HttpJob, spec: JobSpec) -> JobSpec:
-    if job.job_type is not HttpJobType.PREVIEW or spec.files_max or spec.files:
-        return spec
-    return msgspec.structs.replace(spec, files_max=PREVIEW_FILES)
-
-
-def _refuse(unit: Unit, job: HttpJob, error: CasparianError) -> None:
-    """What was asked for cannot be done any more; an approval of it is void with it."""
-    if job.approval_id is None or not api_approvals.mark_stale(unit, job.approval_id, [str(error)]):
-        told = error.with_hint()[:MESSAGE_CHARS_MAX]
-        api_jobs.finish_job(unit, job.job_id, HttpJobStatus.FAILED, told, None)
-
-
-def _is_stale(unit: Unit, job: HttpJob, planned: Plan) -> bool:
-    if job.approval_id is None:
-        return False
-    approval = api_approvals.find(unit, job.approval_id)
-    if approval is None or approval.binding is None:
-        return False
-    changes = approval.binding.changes(planned.binding)
-    return bool(changes) and api_approvals.mark_stale(unit, job.approval_id, changes)
-
-
-def _rehearsals(planned: Plan, rows_max: int) -> list[Wanted]:
-    spec = planned.spec
-    match = Match(spec.plugin, int(spec.manifest_id), MANUAL_PRIORITY)
-    overrides = encode_overrides(planned.sinks) if planned.given_sink else ""
-    return [
-        Wanted(file.version_id, match, overrides=overrides, pin=spec.code, rehearsal=rows_max)
-        for file in planned.files
-    ]
-
-
-def _run_jobs(
-    connection: Connection, planned: Plan, *, force: bool
-) -> tuple[list[Wanted], list[int]]:
-    """The jobs to be made, and live ones that do the same already. Files that this plugin version
-    has done for these sinks are in neither."""
-    spec, overrides = planned.spec, encode_overrides(planned.sinks)
-    match = Match(spec.plugin, int(spec.manifest_id), MANUAL_PRIORITY)
-    earlier = _earlier(connection, planned)
-    outputs = _outputs(connection, [int(r["id"]) for jobs in earlier.values() for r in jobs])
-    wanted, adopted = [], []
-    for file in planned.files:
-        jobs = earlier.get(file.version_id, [])
-        live = next((r for r in jobs if _does_the_same(r, planned, overrides)), None)
-        if force:
-            generation = max((r["generation"] for r in jobs), default=-1) + 1
-        elif live is not None:
-            adopted.append(int(live["id"]))
-            continue
-        elif any(_is_done(r, planned, outputs.get(int(r["id"]), {})) for r in jobs):
-            continue
-        else:
-            # Outputs that were granted and given up keep their keys.
-            spent = [r["generation"] for r in jobs if int(r["id"]) in outputs and _gave_up(r)]
-            generation = max(spent, default=-1) + 1
-        wanted.append(
-            Wanted(file.version_id, match, generation, overrides=overrides, pin=spec.code)
-        )
-    return wanted, adopted
-
-
-def _earlier(connection: Connection, planned: Plan) -> dict[int, list[dict[str, Any]]]:
-    found = rows(
-        connection,
-        f"""
-        SELECT id, file_version_id, status, generation, plugin_manifest_id, config_overrides, pin
-        FROM {QUEUE_TABLE}
-        WHERE plugin_name = $1 AND rehearsal IS NULL
-          AND file_version_id IN (SELECT unnest($2::BIGINT[])) ORDER BY id
-        """,
-        [planned.spec.plugin, [file.version_id for file in planned.files]],
-    )
-    by_version: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in found:
-        by_version[row["file_version_id"]].append(row)
-    return by_version
-
-
-def _outputs(connection: Connection, job_ids: Sequence[int]) -> dict[int, dict[str, set[str]]]:
-    """Sink URIs of each job's good rows, by topic."""
-    found: defaultdict[int, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for job_id, topic, uri in connection.execute(
-        "SELECT job_id, topic, sink_uri FROM cf_output "
-        "WHERE kind = 'output' AND job_id IN (SELECT unnest($1::BIGINT[]))",
-        [list(job_ids)],
-    ).fetchall():
-        found[job_id][topic].add(uri)
-    return {job_id: dict(topics) for job_id, topics in found.items()}
-
-
-def _does_the_same(row: Mapping[str, Any], planned: Plan, overrides: str) -> bool:
-    if JobStatus(row["status"]) in TERMINAL:
-        return False
-    if row["config_overrides"] is None:
-        return not planned.given_sink
-    return row["config_overrides"] == overrides and row["pin"] in {None, planned.spec.code}
-
-
-def _is_done(row: Mapping[str, Any], planned: Plan, outputs: Mapping[str, set[str]]) -> bool:
-    if row["status"] != JobStatus.COMPLETED:
-        return False
-    if row["plugin_manifest_id"] != planned.spec.manifest_id:
-        return False
-    return all(
-        uris == {sink.uri for sink in sinks_for(topic, planned.sinks)}
-        for topic, uris in outputs.items()
-    )
-
-
-def _gave_up(row: Mapping[str, Any]) -> bool:
-    return str(row["status"]) == JobStatus.FAILED
-
-
-def _write_tasks(
-    connection: Connection, api_job_id: int, job_ids: Sequence[int], *, own: bool
-) -> None:
-    if job_ids:
-        connection.execute(
-            f"INSERT INTO {TASKS} (api_job_id, job_id, own) SELECT $1, unnest($2::BIGINT[]), $3",
-            [api_job_id, list(job_ids), own],
-        )
 
 
 def give_up(ledger: Ledger, clock: Clock, api_job_id: int, message: str) -> None:
@@ -743,8 +573,8 @@ def collect(ledger: Ledger, clock: Clock, api_job_id: int, job_ids: Sequence[int
         ended = unit.look(_ENDED_TASKS, [api_job_id, list(job_ids)])
         reports = _reports(unit, job_ids)
         (progress,) = unit.look(
-            f"SELECT progress_items_done AS done, progress_items_total AS total FROM {JOBS} "
-            "WHERE job_id = $1",
+            "SELECT progress_phase AS phase, progress_items_done AS done, "
+            f"progress_items_total AS total FROM {JOBS} WHERE job_id = $1",
             [api_job_id],
         )
         done, total = progress["done"], progress["total"]
@@ -752,14 +582,14 @@ def collect(ledger: Ledger, clock: Clock, api_job_id: int, job_ids: Sequence[int
         for row in ended:
             done += 1
             for event in _events_of(row, outputs.get(row["id"], []), reports.get(row["id"])):
-                _add(unit, api_job_id, event)
-            _add(unit, api_job_id, EventType.Progress(done, total, _told(row)))
+                add_event(unit, api_job_id, event)
+            add_event(unit, api_job_id, EventType.Progress(done, total, _told(row)))
         unit.change(
             f"UPDATE {TASKS} SET told = true WHERE api_job_id = $1 "
             "AND job_id IN (SELECT unnest($2::BIGINT[]))",
             [api_job_id, list(job_ids)],
         )
-        _set_progress(unit, api_job_id, done, total)
+        set_progress(unit, api_job_id, progress["phase"], done, total)
         return _end_if_over(unit, api_job_id, total)
 
 
@@ -842,6 +672,7 @@ def _end_if_over(unit: Unit, api_job_id: int, total: int) -> bool:
         [api_job_id, Reason.DUPLICATE_OUTPUT],
     ):
         counts[row["s"] if row["told"] else "UNTOLD"] += row["n"]
+    counts["UNTOLD"] += _unmade(unit, api_job_id)
     spec = msgspec.json.decode(job_row["spec_json"], type=JobSpec)
     bad = counts[JobStatus.FAILED] + counts[JobStatus.ABORTED] + counts[JobStatus.SKIPPED]
     if counts["UNTOLD"] and not (spec.fail_fast and counts[JobStatus.FAILED]):
@@ -853,6 +684,16 @@ def _end_if_over(unit: Unit, api_job_id: int, total: int) -> bool:
     message = _failures(unit, api_job_id, bad, total) if bad else None
     status = HttpJobStatus.FAILED if bad else HttpJobStatus.COMPLETED
     return api_jobs.finish_job(unit, api_job_id, status, message, result)
+
+
+def _unmade(unit: Unit, api_job_id: int) -> int:
+    """Files of a job that has begun, and whose tasks are still to be made."""
+    found = unit.look(
+        f"SELECT json_array_length(plan_json, '$.version_ids') - made AS n FROM {PLANS} "
+        "WHERE api_job_id = $1",
+        [api_job_id],
+    )
+    return int(found[0]["n"]) if found else 0
 
 
 def _failures(unit: Unit, api_job_id: int, bad: int, total: int) -> str:
@@ -973,10 +814,10 @@ def decode_preview(text: str | None) -> list[TopicReport]:
     return msgspec.json.decode(text, type=list[TopicReport]) if text else []
 
 
-def _add(unit: Unit, api_job_id: int, event: EventPayload) -> None:
+def add_event(unit: Unit, api_job_id: int, event: EventPayload) -> None:
     unit.add_event(api_job_id, checked_event(event))
 
 
-def _set_progress(unit: Unit, api_job_id: int, done: int, total: int) -> None:
-    progress = JobProgress(phase=PHASE, items_done=done, items_total=total)
+def set_progress(unit: Unit, api_job_id: int, phase: str, done: int, total: int) -> None:
+    progress = JobProgress(phase=phase, items_done=done, items_total=total)
     api_jobs.update_part(unit, api_job_id, "progress", checked(progress))

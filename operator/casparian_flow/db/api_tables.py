@@ -26,6 +26,7 @@ JOBS: Final = "cf_api_jobs"
 EVENTS: Final = "cf_api_events"
 APPROVALS: Final = "cf_api_approvals"
 TASKS: Final = "cf_api_tasks"
+PLANS: Final = "cf_api_plans"
 _SQL_TYPES: Final[dict[type, str]] = {
     int: "BIGINT",
     str: "VARCHAR",
@@ -148,6 +149,13 @@ API_TABLES: Final[dict[str, str]] = {
         own BOOLEAN NOT NULL,
         told BOOLEAN NOT NULL DEFAULT false,
         PRIMARY KEY (api_job_id, job_id)
+    """,
+    # What an API job that has begun is to do, until all its jobs of the queue are made: those of
+    # the first `made` files are (db/api_begin.py).
+    PLANS: """
+        api_job_id BIGINT PRIMARY KEY,
+        plan_json VARCHAR NOT NULL,
+        made BIGINT NOT NULL DEFAULT 0 CHECK (made >= 0)
     """,
 }
 

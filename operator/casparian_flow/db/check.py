@@ -149,6 +149,11 @@ RULES: Final[tuple[tuple[str, str], ...]] = (
               OR NOT EXISTS (SELECT 1 FROM cf_processing_queue q WHERE q.id = t.job_id)""",
     ),
     (
+        "a plan is of API job {}, which does not exist or has not begun",
+        """SELECT p.api_job_id FROM cf_api_plans p WHERE NOT EXISTS (
+             SELECT 1 FROM cf_api_jobs j WHERE j.job_id = p.api_job_id AND j.status <> 'queued')""",
+    ),
+    (
         "API job {} is {} and was ended at {}",
         """SELECT job_id, status, finished_at FROM cf_api_jobs
            WHERE (finished_at IS NULL) = (status IN ('completed', 'failed', 'cancelled'))""",

@@ -511,6 +511,12 @@ class ApiTask(Base):
     __table__ = _derived_table("cf_api_tasks")
 
 
+class ApiPlan(Base):
+    """What an API job is to do whose jobs are still being made. For reading."""
+
+    __table__ = _derived_table("cf_api_plans")
+
+
 class ApiApproval(Base):
     """A request to a person, and the decision. For reading."""
 

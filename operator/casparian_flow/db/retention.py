@@ -12,7 +12,7 @@ from typing import Final
 
 import duckdb
 
-from casparian_flow.db.api_tables import TASKS
+from casparian_flow.db.api_tables import PLANS, TASKS
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import utc
 
@@ -101,6 +101,7 @@ def _versions(connection: duckdb.DuckDBPyConnection, hours: float | None, now_us
                    OR k.id IN (SELECT current_version_id FROM cf_file_location)
                    OR k.id IN (SELECT file_version_id FROM {_QUEUE})
                    OR k.id IN (SELECT file_version_id FROM cf_dead_letter)
+                   OR k.id IN (SELECT unnest((plan_json->'$.version_ids')::BIGINT[]) FROM {PLANS})
                 GROUP BY k.location_id
             ) kept ON kept.location_id = v.location_id AND v.seq < kept.first_kept
         )

@@ -1,6 +1,8 @@
-"""Carries out the API's jobs in a Sentinel: db/api_runs.py says what, this thread says when.
+"""Carries out the API's jobs in a Sentinel: db/api_begin.py and db/api_runs.py say what, this
+thread says when.
 
     approved runs without a job ─ make it ─> queued jobs ─ begin ─> running ones ─ collect ─> over
+                                                  └ go on, slice by slice, to make their tasks
                                                  cancelled ones ─ cancel what they began
 
 All there is to know is in the ledger, so a restart goes on where the last process was. The thread
@@ -14,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from casparian_flow.db import api_runs
+from casparian_flow.db import api_begin, api_runs
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError, LedgerError, SentinelUnreachableError
@@ -31,6 +33,8 @@ IDLE_S: Final = 2.0
 """Between two looks while none does; news comes at once."""
 REST: Final = 9.0
 """Rest after a look, in times of what it took, so that long lists leave the ledger to others."""
+SLICES_MAX: Final = 10
+"""Slices of one job's tasks in a turn, after which others have theirs."""
 BY: Final = "its API job"
 
 
@@ -86,6 +90,8 @@ class ApiRunner:
         self._on_ledger(lambda ledger: api_runs.start_approved_runs(ledger, self._clock))
         for api_job_id in self._on_ledger(api_runs.waiting_jobs):
             self._or_give_up(api_job_id, partial(self._begin, api_job_id))
+        for api_job_id in self._on_ledger(api_begin.unfinished):
+            self._or_give_up(api_job_id, partial(self._go_on, api_job_id))
         running = self._on_ledger(api_runs.running_tasks)
         over = [
             self._or_give_up(api_job_id, partial(self._collect, api_job_id, tasks))
@@ -113,10 +119,21 @@ class ApiRunner:
 
     def _begin(self, api_job_id: int) -> bool:
         began = self._loop.enlist(
-            lambda ledger: api_runs.begin(ledger, self._clock, api_job_id)
+            lambda ledger: api_begin.begin(ledger, self._clock, api_job_id)
         ).result()
         log.info("API job %d %s", api_job_id, "began" if began else "did not begin")
         return not began
+
+    def _go_on(self, api_job_id: int) -> bool:
+        """Make some more tasks; the rest in the next turns, which follow at once."""
+        for _ in range(SLICES_MAX):
+            more = self._loop.enlist(
+                lambda ledger: api_begin.go_on(ledger, self._clock, api_job_id)
+            ).result()
+            if not more or self._closing:
+                return True
+        self._news.set()
+        return False
 
     def _collect(self, api_job_id: int, tasks: list[int]) -> bool:
         """Tell what has ended; returns whether the API job is over."""
