@@ -294,6 +294,9 @@ class OperatorSettings(_Section):
     """ConfigMap in each namespace whose `ca.crt` is believed when the index is asked."""
     wheelhouse_claim: str = ""
     """PersistentVolumeClaim in each namespace with wheels, for clusters without an index."""
+    backup_account: str = ""
+    """ServiceAccount in the operator's namespace that may fetch copies of the ledger; its key goes
+    into a Secret of the same name. Empty: nobody's."""
 
 
 class TrustedKeySettings(_Section):

@@ -103,6 +103,45 @@ def ledger_export(app: App, folder: Path) -> None:
     show_data(app, result, f"{rows} rows of {len(tables)} tables are in {folder}")
 
 
+@ledger.command("backup")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--connect",
+    "address",
+    metavar="ADDRESS",
+    help="The control address of a Sentinel elsewhere, such as tcp://casparian-sentinel:5556.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1, 1000),
+    default=7,
+    show_default=True,
+    metavar="N",
+    help="Keep the newest N exports in FOLDER.",
+)
+@output_option
+@pass_app
+def ledger_backup(app: App, folder: Path, address: str | None, keep: int) -> None:
+    """Export the ledger into a new folder below FOLDER, and delete the oldest ones there.
+
+    The Sentinel goes on meanwhile: what is exported is a copy of one moment.
+
+    \b
+    Example:
+      casparian ledger backup --keep 14 /srv/backups
+    """
+    from casparian_flow.services.backup import backup
+
+    if address is None:
+        made = backup(app.control, folder, keep=keep, clock=SystemClock())
+    else:
+        from casparian_flow.sentinel.control import remote
+
+        with remote(address, curve_dir=app.settings.wire.curve_dir) as control:
+            made = backup(control, folder, keep=keep, clock=SystemClock())
+    show_data(app, {"folder": str(made)}, f"the ledger's history is in {made}")
+
+
 @ledger.command("import")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @output_option
