@@ -31,11 +31,17 @@ SPECS: Mapping[str, Manifest] = {
 }
 
 
-def install(api: ApiServer) -> None:
-    """Have the kinds served, with roles and admission policies."""
+def install(api: ApiServer, *, stamp: bool = True) -> None:
+    """Have the kinds served, with roles and admission policies.
+
+    Args:
+        stamp: also the policy that writes who decides.
+    """
     api.client.apply(*sorted((REPOSITORY / "crds").glob("*.yaml")))
-    for folder in ("roles", "admission"):
-        api.client.apply(*sorted((KUBE / folder).glob("*.yaml")))
+    api.client.apply(*sorted((KUBE / "roles").glob("*.yaml")))
+    api.client.apply(KUBE / "admission" / "approval_guard.yaml")
+    if stamp:
+        api.client.apply(KUBE / "admission" / "approval_stamp.yaml")
 
 
 def manifest(kind: str, namespace: str, name: str = "sales", **changes: Any) -> Manifest:

@@ -11,79 +11,25 @@ from typing import Any
 import pytest
 from kube_kinds import OPERATOR, install, manifest
 from kube_kit import ApiClient, ApiError, ApiServer
+from kube_people import bind, operator_of, people, refusal, role
 
 from casparian_flow.kube.names import API_VERSION
 
-RBAC = "rbac.authorization.k8s.io"
 APPROVED = {"spec": {"decision": "approved"}}
 REJECTED = {"spec": {"decision": "rejected", "reason": "not in March"}}
-
-
-def bind(api: ApiServer, space: str, role: str, *users: str, kind: str = "ClusterRole") -> None:
-    subjects = [{"kind": "User", "name": user, "apiGroup": RBAC} for user in users]
-    api.client.apply(
-        {
-            "apiVersion": f"{RBAC}/v1",
-            "kind": "RoleBinding",
-            "metadata": {"name": f"{role}-{'-'.join(users)}".replace(":", "."), "namespace": space},
-            "roleRef": {"kind": kind, "name": role, "apiGroup": RBAC},
-            "subjects": subjects,
-        }
-    )
-
-
-def role(api: ApiServer, space: str, name: str, *verbs: str) -> None:
-    rules = [
-        {"apiGroups": ["casparian.io"], "resources": ["approvals"], "verbs": list(verbs)},
-        {"apiGroups": ["casparian.io"], "resources": ["approvals/status"], "verbs": ["patch"]},
-    ]
-    api.client.apply(
-        {
-            "apiVersion": f"{RBAC}/v1",
-            "kind": "Role",
-            "metadata": {"name": name, "namespace": space},
-            "rules": rules,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
 def operator(api: ApiServer) -> ApiClient:
     """The operator's account, once the policies are in force."""
     install(api)
-    namespace, account = OPERATOR
-    api.namespace(namespace)
-    api.account(namespace, account)
-    client = api.client_for_account(namespace, account)
     space = people(api, api.namespace("first-decision"))
-    api.client.wait(lambda: "operator alone" in refusal(api.client, "create", space))
+    client = operator_of(api, space)
     client.create(manifest("Approval", space))
     # New policies and kinds take a moment until every part of the server knows them.
-    api.client.wait(lambda: not refusal(api.client_for("ann"), "decide", space), seconds=30)
+    ann = api.client_for("ann")
+    api.client.wait(lambda: not refusal(ann, space, decision="approved"), seconds=30)
     return client
-
-
-def refusal(client: ApiClient, what: str, space: str) -> str:
-    """What the server says to a request that it refuses; "" if it does not."""
-    try:
-        if what == "create":
-            client.create(manifest("Approval", space), dry_run=True)
-        else:
-            client.patch(API_VERSION, "Approval", "sales", APPROVED, space)
-    except ApiError as error:
-        return str(error)
-    return ""
-
-
-def people(api: ApiServer, space: str) -> str:
-    """Give the people their roles in a namespace, and the operator its rights."""
-    bind(api, space, "casparian-approver", "ann", "bob", "rita")
-    bind(api, space, "casparian-editor", "eve")
-    role(api, space, "patcher", "get", "patch", "update")
-    bind(api, space, "patcher", "pat", kind="Role")
-    role(api, space, "operator", "get", "list", "watch", "create")
-    bind(api, space, "operator", ":".join(("system:serviceaccount", *OPERATOR)), kind="Role")
-    return space
 
 
 @pytest.fixture
