@@ -1,5 +1,6 @@
 """CURVE, tokens and bindings on real sockets: who gets in, and who gets what."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,18 +13,39 @@ import zmq
 from scripted_worker import ScriptedWorker, job_of, seed
 from signing_kit import lax_rules, signed
 
-from casparian_flow.domain.errors import CasparianError, ConfigError
+from casparian_flow.config import load_settings
+from casparian_flow.db.ledger import Ledger
+from casparian_flow.domain.clock import SystemClock
+from casparian_flow.domain.errors import (
+    CasparianError,
+    ConfigError,
+    NotFoundError,
+    NotPermittedError,
+    SentinelUnreachableError,
+)
 from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.curve import (
+    CLIENT_SECRET,
+    SERVER_PUBLIC,
     SERVER_SECRET,
     ClientKeys,
     CurvePair,
+    client_keys,
+    public_text,
     secret_text,
 )
+from casparian_flow.protocol.http_types import HttpJobType
 from casparian_flow.sentinel.admission import Admission, PodIdentity, Principal
+from casparian_flow.sentinel.api import FileFinding, ScanReport
+from casparian_flow.sentinel.control import ControlClient, connect, remote
 from casparian_flow.sentinel.server import Sentinel, SentinelConfig
+from casparian_worker.mailbox import Mailbox
+from casparian_worker.noop_runner import NoopRunner
+from casparian_worker.wire import Wire, WireFiles
+from casparian_worker.worker_events import DrainRequested, WorkerConfig
+from casparian_worker.worker_state import WorkerState
 
-CONFIG = {"lease_ttl_s": 30.0, "heartbeat_s": 1.0, "drain_s": 0.0}
+CONFIG: dict[str, Any] = {"lease_ttl_s": 30.0, "heartbeat_s": 1.0, "drain_s": 0.0}
 
 
 def new_pair() -> CurvePair:
@@ -42,7 +64,7 @@ def worker_of(plugin: str, artifact_hash: str = "") -> Principal:
 class Cluster:
     """A Sentinel with CURVE, and keys and tokens for its workers."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, **config: Any) -> None:
         self.folder = folder
         self.stack = stack
         self.server = new_pair()
@@ -54,7 +76,7 @@ class Cluster:
         self.away = threading.Event()
         self.admission = Admission(self._review)
         self.keys: dict[str, Principal] = {}
-        self.sentinel = self._start(curve)
+        self.sentinel = self._start(curve, config)
 
     def _review(self, token: str) -> PodIdentity | None:
         self.reviews += 1
@@ -62,7 +84,7 @@ class Cluster:
             raise CasparianError("the API server is away")
         return self.tokens.get(token)
 
-    def _start(self, curve: Path) -> Sentinel:
+    def _start(self, curve: Path, config: dict[str, Any]) -> Sentinel:
         sentinel = Sentinel(
             SentinelConfig(
                 bind_address="tcp://127.0.0.1:*",
@@ -70,7 +92,7 @@ class Cluster:
                 trust=lax_rules,
                 curve_dir=curve,
                 admission=self.admission,
-                **CONFIG,  # type: ignore[arg-type]
+                **(CONFIG | config),
             )
         )
         thread = threading.Thread(target=sentinel.run)
@@ -201,7 +223,7 @@ def test_another_worker_s_routing_id_brings_nothing_of_it(cluster: Cluster) -> N
         return cluster.counted("messages_foreign") > foreign
 
     until(speaks)
-    assert second.gets_nothing((m.Dispatch, m.Plugin, m.Grant, m.Abort))  # type: ignore[arg-type]
+    assert second.gets_nothing(m.Dispatch | m.Plugin | m.Grant | m.Abort)
 
 
 def test_a_wrong_token_is_refused_and_a_right_one_is_taken(cluster: Cluster) -> None:
@@ -214,6 +236,7 @@ def test_a_wrong_token_is_refused_and_a_right_one_is_taken(cluster: Cluster) -> 
         assert worker.gets_nothing(m.Welcome, 0.1)
     assert cluster.sentinel.control.list_workers() == []
     reviews = cluster.reviews
+    worker = cluster.worker("again", keys, token="sa-beta")
     worker.send(worker.me)
     assert worker.expect(m.Err).code == "refused"
     assert cluster.reviews == reviews  # what was refused is not asked again at once
@@ -290,3 +313,275 @@ def test_keys_without_anybody_who_admits_are_refused_at_start(tmp_path: Path) ->
                 curve_dir=tmp_path,
             )
         ).run()
+
+
+# -- rotation -----------------------------------------------------------------------------------
+
+
+class RealWorker:
+    """A worker's wire in a thread of its own, with its files, and a runner that does nothing."""
+
+    def __init__(self, cluster: Cluster, folder: Path, keys: ClientKeys, token: str) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.hold(keys)
+        (folder / "token").write_text(token)
+        self.mailbox = Mailbox()
+        self.state = WorkerState(WorkerConfig("w1", secrets.token_hex(8), "root-1", credit=4))
+        self.wire = Wire(
+            cluster.sentinel.bind_address,
+            self.state,
+            NoopRunner(self.mailbox),
+            self.mailbox,
+            SystemClock(),
+            secrets.token_bytes,
+            WireFiles(folder, folder / "token"),
+        )
+        self.thread = threading.Thread(target=self.wire.run)
+        self.thread.start()
+
+    def hold(self, keys: ClientKeys) -> None:
+        """Change the files at once, as a Secret's volume does."""
+        for name, text in (
+            (SERVER_PUBLIC, public_text(keys.server)),
+            (CLIENT_SECRET, secret_text(keys.own)),
+        ):
+            (self.folder / f"{name}.new").write_text(text)
+            (self.folder / f"{name}.new").rename(self.folder / name)
+
+    def stop(self) -> None:
+        self.mailbox.post(DrainRequested())
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        self.mailbox.close()
+
+
+def test_a_key_is_rotated_under_load_and_no_job_is_lost(tmp_path: Path) -> None:
+    count = 400
+    seed(tmp_path / "ledger.duckdb", files=count, plugins=("alpha",))
+    with ExitStack() as stack:
+        cluster = Cluster(tmp_path, stack)
+        principal = worker_of("alpha")
+        first = cluster.admit(principal)
+        worker = RealWorker(cluster, tmp_path / "worker", first, "sa-alpha")
+        stack.callback(worker.stop)
+        until(lambda: cluster.status("COMPLETED") > 0)
+        second = cluster.admit(principal)
+        worker.hold(second)
+        until(lambda: cluster.counted("workers_registered") >= 2)
+        cluster.admission.replace({second.own.public: principal})
+        until(lambda: cluster.status("COMPLETED") == count, 60)
+        (row,) = cluster.sentinel.control.list_workers()
+        assert not row["leaving"]
+        assert cluster.sentinel.control.list_dead_letters() == []
+        assert cluster.sentinel.control.check() == []
+
+
+def test_a_worker_whose_key_comes_late_gets_in_without_a_restart(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    keys = ClientKeys(new_pair(), cluster.server.public)
+    cluster.tokens["sa-alpha"] = PodIdentity("team", "sa-alpha")
+    worker = RealWorker(cluster, tmp_path / "worker", keys, "not yet written")
+    cluster.stack.callback(worker.stop)
+    until(lambda: cluster.counted("connections_refused") >= 1)
+    cluster.admission.replace({keys.own.public: worker_of("alpha")})
+    until(lambda: cluster.counted("workers_refused") >= 1)
+    (worker.folder / "token").write_text("sa-alpha\n")
+    until(lambda: cluster.status("COMPLETED") == 3)
+
+
+def test_a_worker_without_its_files_says_which(tmp_path: Path) -> None:
+    (tmp_path / SERVER_PUBLIC).write_text("public-key = nonsense")
+    with pytest.raises(ConfigError, match=r"server\.key holds no public-key"):
+        client_keys(tmp_path)
+    (tmp_path / SERVER_PUBLIC).write_text(public_text(new_pair().public))
+    with pytest.raises(ConfigError, match=r"client\.key_secret cannot be read"):
+        client_keys(tmp_path)
+    pair = new_pair()
+    (tmp_path / CLIENT_SECRET).write_text(public_text(pair.public) + 'secret-key = "short"')
+    with pytest.raises(ConfigError) as caught:
+        client_keys(tmp_path)
+    assert "short" not in str(caught.value)
+
+
+# -- the control socket for other pods ----------------------------------------------------------
+
+
+@pytest.fixture
+def other_pods(tmp_path: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        yield Cluster(
+            tmp_path,
+            stack,
+            remote_control_address="tcp://127.0.0.1:*",
+            loopback_control_address="tcp://127.0.0.1:*",
+        )
+
+
+def client(cluster: Cluster, keys: ClientKeys, name: str) -> ControlClient:
+    folder = cluster.folder / name
+    folder.mkdir()
+    (folder / SERVER_PUBLIC).write_text(public_text(keys.server))
+    (folder / CLIENT_SECRET).write_text(secret_text(keys.own))
+    control = remote(cluster.sentinel.remote_control_address, curve_dir=folder)
+    cluster.stack.callback(control.close)
+    return control
+
+
+def test_a_scout_scans_its_own_root_and_does_nothing_else(other_pods: Cluster) -> None:
+    own = other_pods.sentinel.control
+    root = own.add_source("/sources/team/in", name="in", namespace="team")["id"]
+    other = own.add_source("/sources/team/other", name="other", namespace="team")["id"]
+    keys = other_pods.admit(Principal("scout", "team", "scout", root="team/in"))
+    scout = client(other_pods, keys, "scout")
+    assert [row["id"] for row in scout.list_sources()] == [root]
+    begun = scout.begin_scan(root)
+    found = FileFinding("a.csv", (1, 2, 3, 4, 5), "ab" * 32, 10)
+    assert scout.commit_chunk(root, begun["scan_id"], [found]).versions == 1
+    scout.finish_scan(root, begun["scan_id"], [], ScanReport(root, files=1))
+    assert scout.inventory(root)
+    assert scout.next_rescans() == []
+    refused: list[Callable[[], object]] = [
+        lambda: scout.begin_scan(other),
+        lambda: scout.inventory(other),
+        lambda: scout.commit_chunk(other, 1, [found]),
+        lambda: scout.finish_scan(other, 1, ["a.csv"], ScanReport(other)),
+        lambda: scout.add_source("/etc"),
+        scout.list_jobs,
+        lambda: scout.deploy(b""),
+        scout.stop,
+        scout.snapshot,
+        scout.api.list_jobs,
+    ]
+    for call in refused:
+        with pytest.raises(NotPermittedError):
+            call()
+    own.retire_source("team/in")
+    with pytest.raises(NotFoundError, match="team/in"):
+        scout.begin_scan(root)
+    other_pods.admission.replace({})
+    with pytest.raises(NotPermittedError, match="not admitted"):
+        scout.ping()
+
+
+def test_a_backup_reads_a_whole_copy_and_nothing_else(other_pods: Cluster) -> None:
+    other_pods.sentinel.control.add_source("/sources/team/in", name="in", namespace="team")
+    keys = other_pods.admit(Principal("backup", "casparian", "backup"))
+    backup = client(other_pods, keys, "backup")
+    name = Path(backup.snapshot()).name
+    copy = other_pods.folder / "copy.duckdb"
+    for part_of, target in ((name, copy), (f"{name}.wal", copy.with_name("copy.duckdb.wal"))):
+        content = bytearray()
+        while part := backup.snapshot_part(part_of, len(content)):
+            content += part
+        if content:
+            target.write_bytes(content)
+    backup.remove_snapshot(name)
+    with pytest.raises(NotFoundError):
+        backup.snapshot_part(name, 0)
+    for evil in ("../ledger.duckdb", "ledger.duckdb", "/etc/passwd", f"{name}/..", ""):
+        with pytest.raises(NotFoundError, match="no snapshot"):
+            backup.snapshot_part(evil, 0)
+    with Ledger.open(copy, clock=SystemClock()) as ledger:
+        assert ledger.query("SELECT name FROM cf_source_root") == [{"name": "in"}]
+    for call in (backup.list_jobs, backup.status, backup.stop):
+        with pytest.raises(NotPermittedError):
+            call()
+
+
+def test_an_mcp_server_asks_and_looks_but_neither_decides_nor_runs(other_pods: Cluster) -> None:
+    keys = other_pods.admit(Principal("mcp", "casparian", "mcp"))
+    mcp = client(other_pods, keys, "mcp")
+    assert mcp.api.list_approvals() == []
+    assert mcp.list_plugins() == []
+    assert mcp.status()["sentinel"]
+    refused: list[Callable[[], object]] = [
+        lambda: mcp.api.approve("x"),
+        lambda: mcp.api.reject("x"),
+        lambda: mcp.api.start_approved("x"),
+        lambda: mcp.api.start_job(HttpJobType.RUN, "p", None, "/data"),
+        lambda: mcp.api.create_job(HttpJobType.RUN, "p", None, "/data"),
+        lambda: mcp.retire_plugin("p"),
+        lambda: mcp.submit(version_id=1, plugin="p", priority=None, force=True),
+    ]
+    for call in refused:
+        with pytest.raises(NotPermittedError):
+            call()
+    with pytest.raises(NotFoundError):
+        mcp.api.start_job(HttpJobType.PREVIEW, "p", None, "/data")
+
+
+def test_strangers_and_workers_reach_nothing_of_the_control_socket(other_pods: Cluster) -> None:
+    stranger = client(other_pods, ClientKeys(new_pair(), other_pods.server.public), "stranger")
+    with pytest.raises(SentinelUnreachableError, match="does not admit"):
+        stranger.ping()
+    wrong = client(other_pods, ClientKeys(new_pair(), new_pair().public), "wrong")
+    with pytest.raises(SentinelUnreachableError):
+        wrong.ping()
+    bare = remote(other_pods.sentinel.remote_control_address)
+    with bare, pytest.raises(SentinelUnreachableError):
+        bare.ping()
+    worker = client(other_pods, other_pods.admit(worker_of("alpha")), "worker")
+    with pytest.raises(NotPermittedError):
+        worker.list_jobs()
+    # Forwarded ports end at loopback, where everything but a decision is served.
+    with remote(other_pods.sentinel.loopback_control_address) as forwarded:
+        assert forwarded.list_jobs() == []
+        with pytest.raises(NotPermittedError):
+            forwarded.api.approve("x")
+
+
+def test_settings_lead_to_the_sentinel_elsewhere_and_open_no_ledger_here(
+    other_pods: Cluster, tmp_path: Path
+) -> None:
+    keys = other_pods.admit(Principal("mcp", "casparian", "mcp"))
+    client(other_pods, keys, "pod")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'[database]\ndb_location = "{tmp_path}/none.duckdb"\n'
+        f'[sentinel]\ncontrol_address = "{other_pods.sentinel.remote_control_address}"\n'
+        f'[wire]\ncurve_dir = "{other_pods.folder}/pod"\n'
+    )
+    settings = load_settings(config)
+    with connect(settings) as control:
+        assert control.list_plugins() == []
+    other_pods.admission.replace({})
+    with pytest.raises(CasparianError):
+        connect(settings)
+    assert not (tmp_path / "none.duckdb").exists()
+    config.write_text('[wire]\ntoken_file = "/token"\n')
+    with pytest.raises(ConfigError, match="token_file wants curve_dir"):
+        load_settings(config)
+
+
+# -- in one process -----------------------------------------------------------------------------
+
+
+def test_the_operator_calls_a_sentinel_of_its_own_process_above_a_known_epoch(
+    tmp_path: Path,
+) -> None:
+    sentinel = Sentinel(
+        SentinelConfig(
+            bind_address="tcp://127.0.0.1:*",
+            database=tmp_path / "ledger.duckdb",
+            epoch_floor=41,
+            drain_s=0.0,
+        )
+    )
+    with pytest.raises(SentinelUnreachableError):
+        _ = sentinel.control
+    thread = threading.Thread(target=sentinel.run)
+    thread.start()
+    try:
+        assert sentinel.wait_started(20)
+        assert sentinel.epoch == 42
+        assert sentinel.control.ping()["epoch"] == 42
+        assert sentinel.control.plugin_counts() == []
+    finally:
+        sentinel.stop()
+        thread.join(30)
+    with pytest.raises(SentinelUnreachableError):
+        _ = sentinel.control
+    with Ledger.open(tmp_path / "ledger.duckdb", clock=SystemClock()) as ledger:
+        assert ledger.epoch == 42

@@ -57,8 +57,9 @@ def client_keys(folder: Path) -> ClientKeys:
     Raises:
         ConfigError: a file is missing or is none of keys.
     """
-    server = _read(folder / SERVER_PUBLIC)
-    return ClientKeys(read_pair(folder / CLIENT_SECRET), _key(server, folder / SERVER_PUBLIC))
+    path = folder / SERVER_PUBLIC
+    server = _key(_read(path), path)
+    return ClientKeys(read_pair(folder / CLIENT_SECRET), server)
 
 
 def server_keys(folder: Path) -> CurvePair:

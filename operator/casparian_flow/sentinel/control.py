@@ -346,7 +346,11 @@ def connect(
         trust = trust or partial(_rules_of, target)
         if target.wire.curve_dir is not None and address.startswith("tcp://"):
             elsewhere = remote(address, timeout_s=timeout_s, curve_dir=target.wire.curve_dir)
-            elsewhere.ping()
+            try:
+                elsewhere.ping()
+            except BaseException:
+                elsewhere.close()
+                raise
             return elsewhere
     clock = clock or SystemClock()
     deadline = clock.now().mono + START_WAIT_S
