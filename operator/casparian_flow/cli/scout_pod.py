@@ -53,7 +53,8 @@ def scout_pod(app: App, address: str, name: str, rehash: bool) -> None:
     from casparian_flow.services import scout
 
     settings = service_settings(app)
-    with stop_on_signals() as stop, remote(address) as control:
+    keys = settings.wire.curve_dir
+    with stop_on_signals() as stop, remote(address, curve_dir=keys) as control:
         root = _root(control, name, stop, SystemClock())
         root_id = int(root["id"])
         report = scout.scan(
