@@ -17,6 +17,7 @@ from casparian_flow.cli import (
     keys,
     ledger,
     mcp,
+    operator,
     plugins,
     publish,
     scout_pod,
@@ -111,6 +112,7 @@ for command in (
     events.events,
     mcp.mcp,
     approvals.approvals,
+    operator.operator,
     show.config,
     show.version,
 ):

@@ -190,7 +190,7 @@ class KubeClient:
                 "apiVersion": EVENT.api_version,
                 "kind": EVENT.name,
                 "metadata": {
-                    "name": f"{meta['name']}.{now.wall_us:x}.{names.digest_of([reason])[:8]}",
+                    "name": f"{meta['name']}.{now.wall_us:x}",
                     "namespace": meta["namespace"],
                 },
                 "involvedObject": {
@@ -259,6 +259,20 @@ class KubeClient:
                 hint="It is asked again; work that runs goes on.",
             ) from error
         return _read(answer.status, data, f"{method} {path}")
+
+    def connection(self) -> dict[str, Any]:
+        """Where the API server is and how to prove who asks, as kopf's ConnectionInfo has it."""
+        found = self.configuration
+        # This renews a token that has been exchanged in the pod's file.
+        header = found.get_api_key_with_prefix("BearerToken", alias="authorization")
+        return {
+            "server": found.host,
+            "ca_path": found.ssl_ca_cert,
+            "insecure": not found.verify_ssl,
+            "certificate_path": found.cert_file,
+            "private_key_path": found.key_file,
+            "token": header.rpartition(" ")[2] if header else None,
+        }
 
     def close(self) -> None:
         self._api.close()  # type: ignore[no-untyped-call]

@@ -103,6 +103,19 @@ def add_master(folder: Path) -> Path:
     return file
 
 
+def drop_old_masters(folder: Path) -> list[Path]:
+    """Remove all master keys but the newest; returns their files."""
+    old = _files(folder)[:-1]
+    for file in old:
+        file.unlink()
+    return old
+
+
+def folder_of(ledger: Path) -> Path:
+    """Where the keys of the operator with this ledger are."""
+    return ledger.parent / "curve"
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted((f for f in folder.iterdir() if _FILE.fullmatch(f.name)), key=_number)
 

@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from casparian_flow.domain.errors import CasparianError, UsageError
@@ -102,10 +102,18 @@ def compressed(bundle: bytes) -> bytes:
 
 
 def judge(
-    plugin: CasparianPlugin, config_map: Body | None, rules: TrustRules, *, now_us: int
+    plugin: CasparianPlugin,
+    config_map: Body | None,
+    rules: TrustRules,
+    deployed_at_us: Callable[[Bundle], int],
 ) -> Judgement:
     """Read and check the bundle of a plugin's `spec.source`. Raises nothing for what is wrong
-    with it: that is the judgement."""
+    with it: that is the judgement.
+
+    Args:
+        deployed_at_us: tells when the ledger recorded a bundle, or what time it is now: a version
+            outlives the time of the key that signed it.
+    """
     try:
         data = read_source(plugin, config_map)
         bundle = unpack(data)
@@ -113,19 +121,25 @@ def judge(
         return Judgement(error.reason, error.with_hint())
     except CasparianError as error:
         return Judgement(VerifiedReason.BUNDLE_UNREADABLE, error.with_hint())
-    return _judged(plugin, data, bundle, rules, now_us)
-
-
-def _judged(
-    plugin: CasparianPlugin, data: bytes, bundle: Bundle, rules: TrustRules, now_us: int
-) -> Judgement:
     if bundle.version != plugin.spec.version:
         return Judgement(
             VerifiedReason.VERSION_MISMATCH,
             f"spec.version is {plugin.spec.version}, and the bundle is of "
             f"{bundle.version[:60]!r}. Give the bundle of that version.",
         )
-    verdict = rules.policy.check(bundle, deployed_at_us=now_us)
+    return judge_bundle(plugin, data, bundle, rules, deployed_at_us=deployed_at_us(bundle))
+
+
+def judge_bundle(
+    plugin: CasparianPlugin, data: bytes, bundle: Bundle, rules: TrustRules, *, deployed_at_us: int
+) -> Judgement:
+    """Check a bundle that was read, of whatever version.
+
+    Args:
+        data: the same as bytes.
+        deployed_at_us: when the ledger recorded it, or now.
+    """
+    verdict = rules.policy.check(bundle, deployed_at_us=deployed_at_us)
     if not verdict.ok:
         reason = VERIFIED_BY_TRUST_CODE[verdict.code.value]
         return Judgement(reason, f"{verdict.message}. {verdict.hint}".strip())

@@ -69,6 +69,8 @@ LEDGER_FILE: Final = "/var/lib/casparian/ledger.duckdb"
 SENTINEL_SERVICE: Final = "casparian-sentinel"
 WORKER_PORT: Final = 5555
 CONTROL_PORT: Final = 5556
+LOOPBACK_PORT: Final = 5557
+"""Of the operator's control socket that only forwarded connections reach."""
 METRICS_PORT: Final = 9090
 HEALTH_PORT: Final = 8080
 

@@ -196,6 +196,8 @@ class EventReason(StrEnum):
     """The queue asked for another number of workers."""
     SCAN_REQUESTED = "ScanRequested"
     """The annotation `casparian.io/scan` asked for a scan at once."""
+    LEDGER_REFUSED = "LedgerRefused"
+    """The ledger did not take what the object asks for; the message says why. It is asked again."""
     RETIRED = "Retired"
     """Plugin or source root was taken out of the ledger's wiring, since its object is gone."""
 

@@ -40,27 +40,24 @@ def wanted(
     *,
     now: float,
     slots: int = 1,
-    leaving: bool = False,
 ) -> Scaled:
     """How many workers there should be from now on.
 
     Args:
         slots: jobs that one worker runs at a time.
-        leaving: whether another version has taken over: then none, once nothing is under way.
         now: seconds, on a clock that only moves forward.
     """
     if workers.scaling == "external":
         replicas = workers.replicas or 0
-        return Scaled(max(replicas, 1) if counts.trial and not leaving else replicas)
+        return Scaled(max(replicas, 1) if counts.trial else replicas)
     need = math.ceil((counts.queued + counts.running) / max(1, slots))
-    if counts.trial and not leaving:
+    if counts.trial:
         need = max(need, 1)
-    floor = 0 if leaving else workers.min_replicas
-    target = min(max(need, floor), max(workers.max_replicas, floor))
+    target = min(max(need, workers.min_replicas), workers.max_replicas)
     if target >= last.replicas:
         return Scaled(target)
     since = now if last.enough_since is None else last.enough_since
-    if now - since < QUIET_S and last.replicas <= max(workers.max_replicas, floor):
+    if now - since < QUIET_S and last.replicas <= workers.max_replicas:
         return Scaled(last.replicas, since)
     busy = counts.workers - counts.idle
     return Scaled(min(last.replicas, max(target, busy)), since)

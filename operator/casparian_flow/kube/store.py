@@ -33,6 +33,16 @@ class Store:
             found = self._bodies.get((kind.name, namespace), {})
             return [found[name] for name in sorted(found)]
 
+    def all_of(self, kind: Kind) -> list[Body]:
+        """Objects of a kind in every namespace."""
+        with self._lock:
+            return [
+                body
+                for (name, _), bodies in self._bodies.items()
+                if name == kind.name
+                for body in bodies.values()
+            ]
+
     def put(self, body: Body) -> bool:
         """Take a body in; False if a newer one, or its end, is known."""
         with self._lock:
