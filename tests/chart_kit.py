@@ -116,8 +116,8 @@ def pod_templates(objects: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]
             yield "Pod", item
         elif item["kind"] == "CronJob":
             yield "CronJob", spec["jobTemplate"]["spec"]["template"]
-        elif item["kind"] == "Job":
-            yield "Job", spec["template"]
+        elif item["kind"] in {"Job", "Deployment"}:
+            yield item["kind"], spec["template"]
         elif item["kind"] == "StatefulSet":
             # As its controller makes them: with a volume for each claim.
             claims = [claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])]

@@ -1,5 +1,6 @@
 """What the chart renders, judged by a real API server."""
 
+import base64
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from chart_kit import (
     pod_templates,
     rendered,
 )
+from cryptography import x509
 from kube_kit import ApiServer
 
 from casparian_flow.kube import kinds, names
@@ -121,18 +123,39 @@ def test_names_and_ports_are_those_that_the_operator_uses() -> None:
     assert {names.SETTINGS_PATH, str(Path(names.LEDGER_FILE).parent)} <= mounts
 
 
-def test_who_decided_is_written_by_the_newest_api_that_is_there_or_by_hand() -> None:
+def test_who_decided_is_written_by_the_newest_api_that_is_there_or_by_a_webhook() -> None:
     def served(*versions: str) -> set[str]:
         apis = tuple(
             f"admissionregistration.k8s.io/{version}/MutatingAdmissionPolicy"
             for version in versions
         )
         objects = rendered(apis=apis)
-        return {o["apiVersion"] for o in objects if o["kind"].startswith("MutatingAdmission")}
+        return {o["apiVersion"] for o in objects if o["kind"] == "MutatingAdmissionPolicy"} | {
+            o["kind"] for o in objects if o["kind"] == "MutatingWebhookConfiguration"
+        }
 
     assert served("v1beta1", "v1") == {"admissionregistration.k8s.io/v1"}
     assert served("v1beta1") == {"admissionregistration.k8s.io/v1beta1"}
-    assert served() == set()
+    assert served() == {"MutatingWebhookConfiguration"}
+
+
+def test_the_webhooks_certificate_is_for_its_service_and_signed_by_whom_the_server_believes() -> (
+    None
+):
+    objects = rendered(apis=())
+    (webhook,) = find(objects, "MutatingWebhookConfiguration")["webhooks"]
+    service = webhook["clientConfig"]["service"]
+    data = find(objects, "Secret", "casparian-stamp")["data"]
+    certificate = x509.load_pem_x509_certificate(base64.b64decode(data["tls.crt"]))
+    authority = x509.load_pem_x509_certificate(
+        base64.b64decode(webhook["clientConfig"]["caBundle"])
+    )
+    certificate.verify_directly_issued_by(authority)
+    names_of = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    host = f"{service['name']}.{service['namespace']}.svc"
+    assert names_of.get_values_for_type(x509.DNSName) == [host]
+    ports = find(objects, "Service", service["name"])["spec"]["ports"]
+    assert [port["port"] for port in ports] == [service["port"]]
 
 
 def test_the_guard_of_approvals_knows_the_operator_of_this_release() -> None:

@@ -18,3 +18,4 @@ roles for people).
 {{- define "casparian.uninstall.name" -}}casparian-uninstall{{- end }}
 {{- define "casparian.test.name" -}}casparian-test{{- end }}
 {{- define "casparian.workers.name" -}}casparian-workers{{- end }}
+{{- define "casparian.stamp.name" -}}casparian-stamp{{- end }}

@@ -245,10 +245,17 @@ to:
 
 {{/* The newest API in which MutatingAdmissionPolicies are served here; empty if none is. */}}
 {{- define "casparian.mutatingApi" -}}
+{{- if eq .Values.admissionPolicies.stamp "auto" }}
 {{- range list "v1" "v1beta1" }}
 {{- $api := printf "admissionregistration.k8s.io/%s" . }}
 {{- if $.Capabilities.APIVersions.Has (printf "%s/MutatingAdmissionPolicy" $api) }}
 {{- $api }}{{ break }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Whether a webhook writes who decides; "" for no. */}}
+{{- define "casparian.stamp.wanted" -}}
+{{- if and .Values.admissionPolicies.install (not (include "casparian.mutatingApi" .)) }}true{{ end }}
 {{- end }}
