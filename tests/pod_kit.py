@@ -68,12 +68,12 @@ class Pod:
     def launcher(self) -> "subprocess.Popen[bytes]":
         return self.launchers[-1]
 
-    def launch(self, peer: int | None = None) -> None:
+    def launch(self, *options: str, peer: int | None = None) -> None:
         peer = os.geteuid() if peer is None else peer
         run, scratch = self.folder / "run", self.folder / "plugin-tmp"
         command = [
             sys.executable, "-m", "casparian_worker.launcher", "--socket", self.socket,
-            "--scratch", str(scratch), "--peer-uid", str(peer),
+            "--scratch", str(scratch), "--peer-uid", str(peer), *options,
         ]  # fmt: skip
         if ROOT:
             command = as_container(PLUGIN_USER, command, volumes=[run, scratch])

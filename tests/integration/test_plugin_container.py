@@ -128,8 +128,7 @@ def test_a_plugin_there_reaches_neither_secrets_nor_sockets_nor_its_launcher(
 
 
 def test_limits_are_kept_where_the_processes_are(pod: Pod, bench: Bench) -> None:
-    body = "data = []\nwhile True:\n    data.append(bytearray(8 << 20))"
-    failed = bench.run(handler(body), memory_mb=300).failed
+    failed = bench.run(handler(_GROWS), memory_mb=300).failed
     assert failed.reason is Reason.OUT_OF_MEMORY
     assert "more than its limit of 300 MiB" in failed.message
     body = "import threading, time\nfor _ in range(60):\n"
@@ -138,6 +137,28 @@ def test_limits_are_kept_where_the_processes_are(pod: Pod, bench: Bench) -> None
     assert failed.reason is Reason.SANDBOX
     assert "limit of 20 processes and threads" in failed.message
     wait_until(lambda: not pod.families() and not pod.left())
+
+
+def test_all_plugins_together_stay_below_the_containers_memory(pod: Pod, tmp_path: Path) -> None:
+    pod.launch("--memory-mb", "500")
+    runtime = runtime_in(pod)
+    hosts = [Bench(runtime, tmp_path).host(handler(body)) for body in (_HOLDS, _GROWS)]
+    for number, host in enumerate(hosts):
+        host.submit(RunRequest(f"k{number}", input_file(runtime, f"x{number}", b"")))
+        assert isinstance(host.next_event(60), Started)
+    failed = hosts[1].next_event(60)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.OUT_OF_MEMORY
+    assert "plugins of this pod used" in failed.message
+    assert "more than the 404 MiB that it has" in failed.message
+    assert hosts[0].next_event(0.5) is None, "the other one goes on"
+    for host in hosts:
+        host.stop()
+    runtime.close()
+
+
+_HOLDS = "import time\ndata = bytearray(100 << 20)\ntime.sleep(300)"
+_GROWS = "data = []\nwhile True:\n    data.append(bytearray(8 << 20))"
 
 
 def test_what_a_plugin_leaves_behind_there_ends_with_its_job(pod: Pod, bench: Bench) -> None:

@@ -6,7 +6,8 @@ The worker's container has the keys, the token and the sinks; this one has the p
 to steal. Which plugin runs, and how it is confined, the worker says (launch_line.py); its bridge,
 its log and its life are descriptors that come from there, so that rows never pass through here.
 The launcher sees the processes, which the worker does not: it holds them to their limits and tells
-what they use.
+what they use. All of them together it keeps below the container's own memory limit, since the
+kernel, once it is reached, may end the whole container.
 
 One worker at a time, known by the user that the kernel names. When its connection ends, so do its
 plugins. SIGTERM comes to both containers at once, and a worker that drains still needs its
@@ -31,6 +32,7 @@ from types import FrameType
 
 from casparian_flow import __version__
 from casparian_flow.domain.clock import Clock, SystemClock
+from casparian_flow.domain.failures import Reason
 from casparian_flow.logs import start_logging_from_environment
 from casparian_worker import clearing
 from casparian_worker import launch_line as line
@@ -44,7 +46,7 @@ from casparian_worker.guest_family import (
     children_of,
 )
 from casparian_worker.guest_kit import base_python, install_kit
-from casparian_worker.sandbox import libc
+from casparian_worker.sandbox import container_memory, libc
 
 log = logging.getLogger("casparian_worker.launcher")
 
@@ -53,6 +55,9 @@ FOLDER = "casparian-plugins"
 FAMILIES_MAX = 4_096
 GRACE_S = 3.0
 """For a family to end by itself once its life is closed."""
+RESERVE_BYTES_MIN = 96 << 20
+"""Of the container's memory, for the launcher and for what grows between two looks; a tenth of it
+if that is more."""
 _BACKLOG = 8
 _TOLD_BYTES = 1 << 20
 """Changes of memory below this are not reported."""
@@ -70,9 +75,13 @@ class Ward(threading.Thread):
         lines: Lines,
         sock: socket.socket,
         clock: Clock,
+        looked: Callable[[], None],
         ended: Callable[["Ward"], None],
     ) -> None:
         """Start the family.
+
+        Args:
+            looked: called after each look at what it uses.
 
         Raises:
             OSError: it cannot be started, or its folder cannot be made.
@@ -82,6 +91,7 @@ class Ward(threading.Thread):
         self._folder = launch.confinement.writes[0]
         self._sock = sock
         self._clock = clock
+        self._looked = looked
         self._ended = ended
         self._told = Usage(0, 0)
         self._lock = threading.Lock()
@@ -89,7 +99,7 @@ class Ward(threading.Thread):
         os.mkdir(self._folder, 0o700)
         life, self._life = os.pipe2(os.O_CLOEXEC)
         try:
-            self.family = LocalFamily(launch, lines, self._judge, clock, more_lives=(life,))
+            self.family = LocalFamily(launch, lines, self.judge, clock, more_lives=(life,))
         except BaseException:
             os.close(self._life)
             clearing.remove(self._folder)
@@ -104,6 +114,11 @@ class Ward(threading.Thread):
                 self._closed_at = self._clock.now().mono
                 os.close(self._life)
 
+    @property
+    def memory_bytes(self) -> int:
+        """That it uses; 0 when it is ending already."""
+        return 0 if self._closed_at is not None else self.family.usage.memory_bytes
+
     def tell_usage(self, *, waiting: bool = False) -> None:
         """Report what the family uses, if that has changed or somebody waits for it."""
         usage = self.family.usage
@@ -116,6 +131,7 @@ class Ward(threading.Thread):
     def run(self) -> None:
         while not self.family.wait(LOOK_INTERVAL_S):
             self.family.look()
+            self._looked()
             self.tell_usage()
             if self._closed_at is not None and self._clock.now().mono > self._closed_at + GRACE_S:
                 self.family.kill()
@@ -124,7 +140,8 @@ class Ward(threading.Thread):
         clearing.remove(self._folder)
         self._tell(line.Ended(self.number))
 
-    def _judge(self, verdict: Verdict) -> None:
+    def judge(self, verdict: Verdict) -> None:
+        """End it for breaking a limit."""
         self.end()
         self._tell(line.Judged(self.number, verdict.reason, verdict.message), socket.MSG_DONTWAIT)
 
@@ -139,13 +156,18 @@ class Launcher:
         path: of the socket, made here.
         scratch: folder for what plugins write and for the kit.
         peer: user id that the worker runs as.
+        memory_bytes: of the container; 0 for no limit.
 
     Raises:
         OSError: socket or folders cannot be made.
     """
 
-    def __init__(self, path: str, *, scratch: str, peer: int, clock: Clock) -> None:
+    def __init__(
+        self, path: str, *, scratch: str, peer: int, clock: Clock, memory_bytes: int = 0
+    ) -> None:
         self._path = path
+        reserve = max(RESERVE_BYTES_MIN, memory_bytes // 10)
+        self._memory_bytes = max(memory_bytes - reserve, 0)
         self._peer = peer
         self._clock = clock
         self._folder = os.path.join(scratch, FOLDER)
@@ -243,7 +265,9 @@ class Launcher:
         try:
             launch = self._checked(start)
             with self._forking:
-                ward = Ward(start.family, launch, lines, worker, self._clock, self._ended)
+                ward = Ward(
+                    start.family, launch, lines, worker, self._clock, self._weigh, self._ended
+                )
                 self._wards[start.family] = ward
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("family %d cannot be started: %s", start.family, error)
@@ -270,6 +294,17 @@ class Launcher:
         return replace(launch, confinement=replace(rules, uid=0))
 
     # -- endings --------------------------------------------------------------------------------
+
+    def _weigh(self) -> None:
+        """End the largest family if all of them together have come near the container's limit."""
+        if not self._memory_bytes:
+            return
+        sizes = [(ward.memory_bytes, ward.number, ward) for ward in list(self._wards.values())]
+        total = sum(size for size, _, _ in sizes)
+        if total > self._memory_bytes:
+            limit, used = self._memory_bytes >> 20, total >> 20
+            told = f"the plugins of this pod used {used} MiB, more than the {limit} MiB that it has"
+            max(sizes)[2].judge(Verdict(Reason.OUT_OF_MEMORY, told))
 
     def _ended(self, ward: Ward) -> None:
         """Called by a ward's thread when its family's first process is gone."""
@@ -323,6 +358,9 @@ def main() -> None:
     parser.add_argument(
         "--peer-uid", type=int, default=os.geteuid(), help="the worker's user (default: this one)"
     )
+    parser.add_argument(
+        "--memory-mb", type=int, help="memory of this container (default: what its cgroup says)"
+    )
     arguments = parser.parse_args()
     start_logging_from_environment()
     if os.geteuid() == 0:
@@ -335,6 +373,7 @@ def main() -> None:
             scratch=os.path.realpath(arguments.scratch or tempfile.gettempdir()),
             peer=arguments.peer_uid,
             clock=SystemClock(),
+            memory_bytes=(arguments.memory_mb or 0) << 20 or container_memory(),
         )
     except OSError as error:
         parser.error(f"cannot use {error.filename}: {error.strerror}")

@@ -70,6 +70,8 @@ _CGROUP_LIMITS = (
     "cpu.cfs_quota_us",
     "cpu.cfs_period_us",
 )
+_NO_LIMIT = 1 << 60
+"""What control groups of version 1 say for none is above this."""
 _OPEN_FILES_MAX = 1024
 _DATA_SLACK_BYTES = 2 << 30
 
@@ -218,6 +220,20 @@ def _restrict_files(rules: Confinement, report: Report) -> None:
     old = f"not applied: Landlock ABI {version} is too old"
     report["landlock_network"] = APPLIED if version >= 4 else old
     report["landlock_scope"] = APPLIED if version >= 6 else old
+
+
+def container_memory() -> int:
+    """Bytes that the control groups of this process allow; 0 for no limit."""
+    found: list[int] = []
+    for path in _own_limits():
+        if os.path.basename(path) in {"memory.max", "memory.limit_in_bytes"}:
+            try:
+                with open(path, encoding="ascii") as file:
+                    text = file.read().strip()
+            except OSError:
+                continue
+            found += [int(text)] if text.isdigit() and int(text) < _NO_LIMIT else []
+    return min(found, default=0)
 
 
 def _own_limits() -> list[str]:
