@@ -4,17 +4,18 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 UV := $(BIN)/uv
 STAMP := .venv/.synced
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 NEXT_DUCKDB := duckdb==2.0.0
 export UV_PYTHON_DOWNLOADS := never
 unexport VIRTUAL_ENV
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck imports unit next-duckdb soak format docs demo bench wheel clean
+.PHONY: help setup test lint typecheck imports unit test-cluster cluster-up cluster-down cluster-tools next-duckdb soak format docs demo bench images wheel clean
 
 # List the targets.
 help:
-	@awk '/^# /{text=substr($$0,3)} /^[a-z][a-z-]*:/{if(text){sub(/:.*/,"");printf "  make %-12s %s\n",$$0,text}; text=""} /^$$/{text=""}' Makefile
+	@awk '/^# /{text=substr($$0,3)} /^[a-z][a-z-]*:/{if(text){sub(/:.*/,"");printf "  make %-14s %s\n",$$0,text}; text=""} /^$$/{text=""}' Makefile
 
 # Make .venv with the locked dependencies (needs Python 3.11+ and a package index).
 setup: $(STAMP)
@@ -55,6 +56,23 @@ unit: setup
 	@printf '\n== pytest\n'
 	@$(BIN)/pytest -q --ignore=tests/cluster
 
+# Run the tests on a cluster, made for them if there is none.
+test-cluster: setup
+	@printf '\n== on a cluster\n'
+	@$(BIN)/pytest -q tests/cluster
+
+# Make a two-node Kubernetes cluster and leave it up.
+cluster-up: setup
+	@PYTHONPATH=tests $(BIN)/python -m cluster.harness up
+
+# Remove the cluster of cluster-up without a trace.
+cluster-down: setup
+	@PYTHONPATH=tests $(BIN)/python -m cluster.harness down
+
+# Build what a cluster needs into the cache, or only some: TOOLS="helm kubectl".
+cluster-tools: setup
+	@PYTHONPATH=tests $(BIN)/python -m cluster.harness tools $(TOOLS)
+
 # Run the ledger's tests on the next major version of DuckDB.
 next-duckdb: setup
 	@printf '\n== the ledger on %s\n' '$(NEXT_DUCKDB)'
@@ -81,6 +99,7 @@ format: setup
 docs: setup
 	@$(BIN)/python tools/reference.py
 	@$(BIN)/python tools/crds.py
+	@$(BIN)/python tools/chart.py
 
 # Show the whole flow on real files; leaves its results in ./demo.
 demo: setup
@@ -90,6 +109,13 @@ demo: setup
 bench: setup
 	@$(UV) sync --frozen --inexact --quiet --group bench
 	@$(BIN)/python -m bench $(if $(ROW),--row $(ROW)) $(if $(QUICK),--quick)
+
+# Build the images casparian-operator and casparian-worker with docker; other base: BASE_IMAGE=...
+images:
+	@for part in operator worker; do \
+		DOCKER_BUILDKIT=1 docker build --network=host $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+			--file Dockerfile.$$part --tag casparian-$$part:$(VERSION) . || exit 1; done
+	@docker image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' | grep '^casparian-.*:$(VERSION) '
 
 # Build the wheel and the source archive into dist/.
 wheel: setup

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 LOGS = HERE.parents[1] / "build" / "cluster-logs"
 # Read at import: tests run without variables of ours.
 EXISTING = os.environ.get("CASPARIAN_TEST_KUBECONFIG")
+NAME = os.environ.get("CASPARIAN_TEST_CLUSTER", kind.DEFAULT_NAME)
 _CLUSTER = pytest.StashKey[kind.Cluster]()
 _OURS = pytest.StashKey[bool]()
 _FAILURE = pytest.StashKey[str]()
@@ -37,8 +38,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     with uncaptured(config):
         try:
-            config.stash[_OURS] = kind.find() is None
-            config.stash[_CLUSTER] = kind.up()
+            config.stash[_OURS] = kind.find(NAME) is None
+            config.stash[_CLUSTER] = kind.up(NAME)
         except HarnessError as error:
             config.stash[_FAILURE] = str(error)
 
@@ -53,7 +54,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             made.save_logs(LOGS)
             say(f"logs of the cluster are in {LOGS}")
         if config.stash.get(_OURS, False):
-            kind.down()
+            kind.down(NAME)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,11 @@ _GROUPS = Path("/sys/fs/cgroup")
 _OWN_FOLDERS = ("/etc/docker", "/run/docker", "/run/containerd", "/opt/containerd")
 _ITS_LINKS = re.compile(r"^(docker0|br-[0-9a-f]{12}|veth[0-9a-f]{7})$")
 _ITS_RULES = re.compile(r"DOCKER|docker0|br-[0-9a-f]{12}")
+_ITS_GROUPS = frozenset({"docker", "kubelet", "kubelet.slice"})
+# Others may change the machine meanwhile: what counts as left behind is what could be ours.
+_OURS = re.compile(
+    r"DOCKER|docker|br-[0-9a-f]{12}|veth|kubelet|containerd|FORWARD DROP|" + re.escape(str(ROOT))
+)
 
 
 def is_own() -> bool:
@@ -83,7 +89,7 @@ def stop() -> None:
                 return
             _end(process)
         if _BEFORE.exists():
-            _take_back(json.loads(_BEFORE.read_text()))
+            _take_back(Facts(**json.loads(_BEFORE.read_text())))
         shutil.rmtree(RUN, ignore_errors=True)
 
 
@@ -111,7 +117,7 @@ def _start() -> None:
     RUN.mkdir(parents=True, exist_ok=True)
     _LOG.parent.mkdir(parents=True, exist_ok=True)
     if not _BEFORE.exists():  # else the last daemon was killed, and its traces are there still
-        _BEFORE.write_text(json.dumps(_facts()))
+        _BEFORE.write_text(json.dumps(asdict(Facts.now())))
     command = [
         "dockerd",
         f"--data-root={IMAGES}",
@@ -178,40 +184,69 @@ def _end(process: psutil.Process) -> None:
 # What the daemon changes outside of its namespaces
 
 
-def _facts() -> dict[str, object]:
-    return {
-        "links": sorted(_links()),
-        "rules": {command: _rules(command) for command in ("iptables", "ip6tables")},
-        "forwarding": _FORWARDING.read_text().strip(),
-        "folders": _existing(_OWN_FOLDERS),
-    }
+@dataclass(frozen=True)
+class Facts:
+    """What of the machine the daemon and its containers may change."""
+
+    links: list[str]
+    rules: dict[str, list[str]]
+    forwarding: str
+    groups: list[str]
+    mounts: list[str]
+    folders: list[str]
+
+    @classmethod
+    def now(cls) -> "Facts":
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        return cls(
+            links=sorted(os.listdir("/sys/class/net")),
+            rules={command: _rules(command) for command in ("iptables", "ip6tables")},
+            forwarding=_FORWARDING.read_text().strip(),
+            groups=sorted(str(path) for path in _top_groups()),
+            mounts=sorted(line.split(" ")[1] for line in mounts),
+            folders=_existing(_OWN_FOLDERS),
+        )
+
+    def beyond(self, before: "Facts") -> list[str]:
+        """What is there now of ours and was not before, in words."""
+        found = [f"interface {n}" for n in self.links if n not in before.links]
+        for command, rules in self.rules.items():
+            had = before.rules.get(command, [])
+            found += [f"{command} {rule}" for rule in rules if rule not in had]
+        found += [f"control group {g}" for g in self.groups if g not in before.groups]
+        found += [f"mount {m}" for m in self.mounts if m not in before.mounts]
+        found += [f"folder {f}" for f in self.folders if f not in before.folders]
+        ours = [trace for trace in found if _OURS.search(trace)]
+        if self.forwarding != before.forwarding:
+            ours.append(f"{_FORWARDING} is {self.forwarding}")
+        return ours + [f"process {text}" for text in _processes()]
 
 
-def _take_back(before: dict[str, object]) -> None:
-    links, rules = before["links"], before["rules"]
-    assert isinstance(links, list)
-    assert isinstance(rules, dict)
-    for name in sorted(_links() - set(links)):
-        if _ITS_LINKS.match(name):
+def _take_back(before: Facts) -> None:
+    """Undo what is left.
+
+    Raises:
+        HarnessError: something stays all the same; the hint lists it.
+    """
+    for name in Facts.now().links:
+        if name not in before.links and _ITS_LINKS.match(name):
             subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)
-    for command, had in rules.items():
+    for command, had in before.rules.items():
         _restore_rules(command, had)
-    _FORWARDING.write_text(f"{before['forwarding']}\n")
-    for hierarchy in (_GROUPS, *(path for path in _GROUPS.iterdir() if path.is_dir())):
-        _remove_groups(hierarchy / "docker")
-    folders = before["folders"]
-    assert isinstance(folders, list)
+    _FORWARDING.write_text(f"{before.forwarding}\n")
+    for group in _top_groups():
+        if str(group) not in before.groups and group.name in _ITS_GROUPS:
+            _remove_groups(group)
     for folder in _OWN_FOLDERS:
-        if folder not in folders:
+        if folder not in before.folders:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _links() -> set[str]:
-    return set(os.listdir("/sys/class/net"))
+    left = Facts.now().beyond(before)
+    if left:
+        raise HarnessError("something of the cluster is left on this machine", "\n".join(left))
 
 
 def _rules(command: str) -> list[str]:
-    """Rules, chains and policies, each line with its table before it."""
+    """Rules, chains and policies but those of a fresh table, each with its table before it."""
     saved = subprocess.run(
         [f"{machine.program(command)}-save"], capture_output=True, text=True, check=False
     )
@@ -219,7 +254,7 @@ def _rules(command: str) -> list[str]:
     for line in saved.stdout.splitlines():
         if line.startswith("*"):
             table = line[1:]
-        elif line.startswith(":"):
+        elif line.startswith(":") and " ACCEPT " not in line:
             found.append(f"{table} {line.split(' [')[0]}")
         elif line.startswith("-A"):
             found.append(f"{table} {line}")
@@ -244,16 +279,29 @@ def _filter(command: str, table: str, change: str) -> None:
     subprocess.run([program, "-w", "-t", table, *change.split()], check=False, capture_output=True)
 
 
+def _top_groups() -> list[Path]:
+    """The control groups at the top of each hierarchy (of the one, under cgroup v2)."""
+    if (_GROUPS / "cgroup.controllers").exists():
+        return [path for path in _GROUPS.iterdir() if path.is_dir()]
+    hierarchies = [path for path in _GROUPS.iterdir() if path.is_dir() and not path.is_symlink()]
+    return [path for top in hierarchies for path in top.iterdir() if path.is_dir()]
+
+
 def _remove_groups(folder: Path) -> None:
-    """Remove empty control groups; those with processes refuse."""
-    if folder.is_dir():
-        for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-            _remove_group(path)
-        _remove_group(folder)
+    """Remove a control group and those below it; one with processes refuses."""
+    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*inner, folder):
+        try:
+            path.rmdir()
+        except OSError as error:
+            say(f"control group {path}: {error.strerror}")
 
 
-def _remove_group(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError as error:
-        say(f"control group {folder} stays: {error.strerror}")
+def _processes() -> list[str]:
+    """Processes of our daemon and its containers."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if f"{RUN}/" in line and "unshare" not in line:
+            found.append(f"{process.info['pid']} {line[:120]}")
+    return found

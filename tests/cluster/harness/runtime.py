@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RUNC = next(path for path in ("/usr/sbin/runc", "/usr/bin/runc") if os.path.exists(path))
+RUNC = ("/usr/sbin/runc", "/usr/bin/runc")
 # By their numbers, from 0.
 CAPABILITIES = (
     "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE "
@@ -55,7 +55,7 @@ def main() -> None:
         else:
             request = without(request, denied())
         file.write_text(json.dumps(request))
-    os.execv(RUNC, ["runc", *sys.argv[1:]])
+    os.execv(next(path for path in RUNC if os.path.exists(path)), ["runc", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
