@@ -476,3 +476,25 @@ def test_names_of_a_b_and_a_underscore_b_do_not_meet() -> None:
         return {ref_of(m) for m in made}
 
     assert not refs("a-b") & refs("a.b")
+
+
+def test_the_plugins_container_has_its_input_to_read_and_nothing_to_steal() -> None:
+    site = replace(SITE, log_level="DEBUG", log_format="json")
+    plan = reconcile_plugin(replace(locked(), site=site))
+    pod = applied(plan)["Deployment"]["spec"]["template"]["spec"]
+    plugin = next(c for c in pod["initContainers"] if c["name"] == "plugin")
+    mounts = {m["name"]: (m["mountPath"], m.get("readOnly", False)) for m in plugin["volumeMounts"]}
+    assert mounts == {
+        "launcher": ("/run/casparian", False),
+        "scratch": ("/scratch", True),
+        "plugin-tmp": ("/tmp", False),
+        "environments": ("/environments", True),
+    }
+    (worker,) = pod["containers"]
+    assert "plugin-tmp" not in {m["name"] for m in worker["volumeMounts"]}
+    variables = {v["name"]: v.get("value") for v in plugin["env"]}
+    assert variables == {
+        "HOME": "/tmp",
+        "CASPARIAN_LOGGING__LEVEL": "DEBUG",
+        "CASPARIAN_LOGGING__FORMAT": "json",
+    }

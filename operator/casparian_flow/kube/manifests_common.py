@@ -35,6 +35,7 @@ class Site:
         storage_class: of volumes for environments that many nodes mount; "" for none, so that
             each pod makes its own.
         worker_resources: of plugin containers whose object names none.
+        log_level, log_format: of containers that have no settings file.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Site:
     index_ca_config_map: str = ""
     wheelhouse_claim: str = ""
     worker_resources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    log_level: str = "INFO"
+    log_format: str = "text"
 
     @property
     def environments_claim(self) -> str:

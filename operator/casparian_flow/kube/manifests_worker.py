@@ -25,6 +25,7 @@ from casparian_flow.kube.kinds import (
 from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.models import CasparianPlugin, SourceRoot
 from casparian_flow.kube.schema_parts import Volume
+from casparian_flow.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 
 GRACE_S: Final = 30.0
@@ -43,6 +44,8 @@ PLUGIN_RESOURCES: Final = {
 """Of containers for which neither the object nor the settings name any."""
 _SETTINGS, _BUNDLE, _CURVE, _TOKEN = "settings", "bundle", "curve", "token"
 _LAUNCHER, _ENVIRONMENTS, _OUTPUTS, _TMP = "launcher", "environments", "outputs", "tmp"
+_PLUGIN_TMP = "plugin-tmp"
+"""What plugins write to; the worker does not look into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,8 @@ def _worker_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
         common.mount(_SETTINGS, names.SETTINGS_PATH, read_only=True),
         common.mount(_CURVE, names.CURVE_PATH, read_only=True),
         common.mount(_TOKEN, names.TOKEN_PATH, read_only=True),
-        *_shared_mounts(workers),
+        *_shared_mounts(workers, inputs_read_only=False),
+        common.mount(_TMP, "/tmp"),  # noqa: S108 - a volume of the pod's own
         *_source_mounts(workers),
         _outputs_mount(workers),
     ]
@@ -281,9 +285,16 @@ def _plugin_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
         site,
         "plugin",
         command,
-        _shared_mounts(workers),
+        [
+            *_shared_mounts(workers, inputs_read_only=True),
+            common.mount(_PLUGIN_TMP, "/tmp"),  # noqa: S108 - as above
+        ],
         restartPolicy="Always",
-        env=[{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - as above
+        env=[
+            {"name": "HOME", "value": "/tmp"},  # noqa: S108 - as above
+            {"name": LEVEL_VARIABLE, "value": site.log_level},
+            {"name": FORMAT_VARIABLE, "value": site.log_format},
+        ],
         resources=resources or dict(site.worker_resources) or PLUGIN_RESOURCES,
     )
 
@@ -362,12 +373,12 @@ def _provisions_in_pod(workers: WorkerSet, site: Site) -> bool:
     return bool(workers.lock_hash) and not site.storage_class
 
 
-def _shared_mounts(workers: WorkerSet) -> list[dict[str, Any]]:
-    """What both containers see of each other: the launcher's socket and the scratch folder."""
+def _shared_mounts(workers: WorkerSet, *, inputs_read_only: bool) -> list[dict[str, Any]]:
+    """What both containers see of each other: the launcher's socket, and the copies of inputs that
+    the worker makes in the scratch folder."""
     mounts = [
         common.mount(_LAUNCHER, names.LAUNCHER_PATH),
-        common.mount(common.SCRATCH_VOLUME, names.SCRATCH_PATH),
-        common.mount(_TMP, "/tmp"),  # noqa: S108 - as above
+        common.mount(common.SCRATCH_VOLUME, names.SCRATCH_PATH, read_only=inputs_read_only),
     ]
     if workers.lock_hash:
         mounts.append(common.mount(_ENVIRONMENTS, names.ENVIRONMENTS_PATH, read_only=True))
@@ -406,6 +417,7 @@ def _volumes(workers: WorkerSet, site: Site) -> list[dict[str, Any]]:
         common.empty(_LAUNCHER, medium="Memory", size="1Mi"),
         common.empty(common.SCRATCH_VOLUME, size=SCRATCH_SIZE),
         common.empty(_TMP),
+        common.empty(_PLUGIN_TMP, size=SCRATCH_SIZE),
         *(common.volume(_root_volume(r), r.spec.volume, read_only=True) for r in workers.roots),
         common.empty(_OUTPUTS)
         if outputs is None
