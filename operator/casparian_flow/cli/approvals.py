@@ -111,7 +111,9 @@ def approve(app: App, approval_id: str, reject: bool, reason: str | None) -> Non
     if not decided:
         raise ConflictError(
             f"request {after.approval_id} is {after.status}: {_decision(after) or 'too late'}",
-            hint="Nothing is done in its name." if after.job_id is None else "",
+            hint="Nothing runs in its name; it can be asked for anew."
+            if after.job_id is None
+            else "",
         )
     told = f"{after.status}: {after.summary}"
     if after.job_id is not None:

@@ -124,7 +124,11 @@ class Plan:
 
 
 def _sinks_text(sinks: Sequence[SinkSpec]) -> str:
-    text = "; ".join(sorted(f"{s.topic} -> {s.uri} ({s.mode}{_rules_mark(s)})" for s in sinks))
+    rest = "each topic" if all(s.topic == ANY_TOPIC for s in sinks) else "other topics"
+    text = "; ".join(
+        f"{rest if s.topic == ANY_TOPIC else s.topic} -> {s.uri} ({s.mode}{_rules_mark(s)})"
+        for s in sorted(sinks, key=lambda s: (s.topic == ANY_TOPIC, s.topic, s.uri))
+    )
     text = text or "each topic -> parquet://TOPIC (append)"
     if len(text) <= SINK_CHARS_MAX:
         return text

@@ -386,7 +386,8 @@ class ApprovalBinding(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             was, now = getattr(self, name), getattr(current, name)
             if was != now:
-                lines.append(f"{_BINDING_WORDS[name]} changed from {was} to {now}")
+                told = f" from {was} to {now}" if name in _TELLING else ""
+                lines.append(f"{_BINDING_WORDS[name]} changed{told}")
         return lines
 
 
@@ -397,6 +398,8 @@ _BINDING_WORDS: Final = {
     "sink": "the sink",
     "parameters_hash": "the plugin's parameters",
 }
+_TELLING: Final = frozenset({"file_count", "sink"})
+"""Fields whose values say something to a person; the others are digests."""
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
