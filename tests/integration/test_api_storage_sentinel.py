@@ -138,6 +138,18 @@ def test_nobody_decides_over_a_socket_that_names_nobody() -> None:
                 carry_out(storage, method, {"approval_id": "a"}, Caller("tcp"))
 
 
+def test_what_a_namespace_asks_for_is_decided_on_its_object_and_by_no_call(api: ApiClient) -> None:
+    asked = ApprovalOperation.Run(plugin_name="finance/p", input_dir="/in", file_count=1)
+    for approval_id in ("a", "b"):
+        api.create_approval(approval_id, asked, "Run p", timedelta(hours=1), requester="rita")
+    with pytest.raises(NotPermittedError, match="Approval object in the namespace finance") as told:
+        api.approve("a", "ann")
+    assert "kubectl patch approval" in told.value.hint
+    with pytest.raises(NotPermittedError):
+        api.reject("b", "ann", "no")
+    assert len(api.list_approvals(ApprovalStatus.PENDING)) == 2
+
+
 def test_a_sentinel_may_forbid_to_approve_ones_own_request(database: Path) -> None:
     running = Running(database, allow_self_approval=False)
     with connect(database) as control:

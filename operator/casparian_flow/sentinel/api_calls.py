@@ -1,13 +1,16 @@
 """The API's calls as they come over the control socket: who decides, and how one waits.
 
 A decision counts as that of the user whom the kernel names; over a socket where nobody is named
-there is none. A call that waits for news holds no thread: it is answered later.
+there is none. Requests about the plugins of a namespace, which there are on Kubernetes only, are
+decided on their Approval object, where the API server judges who may, and by no call. A call that
+waits for news holds no thread: it is answered later.
 """
 
 from typing import Any, Final
 
 from casparian_flow.db.api_storage import ApiStorage
 from casparian_flow.domain.errors import NotPermittedError
+from casparian_flow.domain.scoped_names import namespace_of
 from casparian_flow.sentinel.caller import Caller
 from casparian_flow.sentinel.control_codec import API_PREFIX
 
@@ -37,15 +40,28 @@ def carry_out(
         The result, or a future of it for a call that waits.
 
     Raises:
-        NotPermittedError: a decision by nobody.
+        NotPermittedError: a decision by nobody, or one that is to be made elsewhere.
     """
     if method in DECISIONS:
+        _require_decided_here(storage, arguments)
         arguments = arguments | {"decided_by": _decider(caller)}
     elif method in REQUESTS and arguments.get("requester") is None:
         arguments = arguments | {"requester": caller.user}
     elif method in LATER:
         return getattr(storage, LATER[method])(**arguments)
     return getattr(storage, method)(**arguments)
+
+
+def _require_decided_here(storage: ApiStorage, arguments: dict[str, Any]) -> None:
+    approval = storage.get_approval(arguments["approval_id"])
+    namespace = namespace_of(getattr(approval and approval.operation, "plugin_name", ""))
+    if namespace:
+        raise NotPermittedError(
+            f"this request is decided on its Approval object in the namespace {namespace}",
+            hint=f"'kubectl get approvals -n {namespace}' lists them; then 'kubectl patch approval "
+            f"NAME -n {namespace} --type=merge -p "
+            '{"spec":{"decision":"approved"}}\'.',
+        )
 
 
 def _decider(caller: Caller) -> str:
