@@ -68,7 +68,7 @@ class Pod:
     def launcher(self) -> "subprocess.Popen[bytes]":
         return self.launchers[-1]
 
-    def launch(self, *options: str, peer: int | None = None) -> None:
+    def launch(self, *options: str, peer: int | None = None, writable: Sequence[Path] = ()) -> None:
         peer = os.geteuid() if peer is None else peer
         run, scratch = self.folder / "run", self.folder / "plugin-tmp"
         command = [
@@ -76,7 +76,7 @@ class Pod:
             "--scratch", str(scratch), "--peer-uid", str(peer), *options,
         ]  # fmt: skip
         if ROOT:
-            command = as_container(PLUGIN_USER, command, volumes=[run, scratch])
+            command = as_container(PLUGIN_USER, command, volumes=[*writable, run, scratch])
         with (self.folder / "launcher.log").open("ab") as log:
             self.launchers.append(subprocess.Popen(command, stdout=log, stderr=log))
 

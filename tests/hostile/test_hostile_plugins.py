@@ -1,9 +1,10 @@
 """Plugins that want out, each tried three ways.
 
 With everything on the Gatekeeper answers first: its finding is expected by name, or that it has
-none. With the Gatekeeper off, the sandbox alone must keep every effect from happening, both where
-plugins get a user of their own and where they share the worker's. And let loose without a sandbox,
-each does bring its effect about: otherwise the tests before would prove nothing.
+none. With the Gatekeeper off, the sandbox alone must keep every effect from happening: where
+plugins get a user of their own, where they share the worker's, and in a pod's plugin container,
+which can make no namespaces, and here may write to what they are after. And let loose without a
+sandbox, each does bring its effect about: otherwise the tests before would prove nothing.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from hostile.driver import DRIVER
 from hostile.parts import Hostile
 from hostile.world import World
 from plugin_runs import Bench, Run
+from pod_kit import PLUGIN_USER, pod_folder
 from signing_kit import rules
 from worker_process import plugin_spec
 
@@ -28,14 +31,14 @@ from casparian_flow.domain.failures import Reason
 from casparian_worker.environments import own_environment
 from casparian_worker.plugin_events import LaunchError
 from casparian_worker.plugin_host import PluginHost
-from casparian_worker.runtime import PluginRuntime, SandboxPolicy
+from casparian_worker.runtime import POD_REQUIRED, PluginRuntime, SandboxPolicy
 from casparian_worker.sandbox import APPLIED, Report
 from casparian_worker.trust_check import require_trusted
 
 CORPUS: list[Hostile] = [*reads.CORPUS, *writes.CORPUS, *networks.CORPUS, *powers.CORPUS]
 ATTEMPTS = pytest.mark.parametrize("hostile", CORPUS, ids=[h.name for h in CORPUS])
 CONTROLS = [h for h in CORPUS if h.control and (os.geteuid() == 0 or not h.privileged)]
-USERS = ("own user", "worker's user") if os.geteuid() == 0 else ("worker's user",)
+USERS = ("own user", "worker's user", "container") if os.geteuid() == 0 else ("worker's user",)
 FILE_BYTES_MAX = 64 << 20
 
 
@@ -76,17 +79,34 @@ def told(run: Run) -> str:
 
 @pytest.fixture(scope="module", params=USERS)
 def cell(request: pytest.FixtureRequest) -> Iterator[Cell]:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        policy = SandboxPolicy(file_bytes=FILE_BYTES_MAX)
-        if request.param == "worker's user":
-            policy = SandboxPolicy(file_bytes=FILE_BYTES_MAX, uid_base=0)
-        runtime = PluginRuntime(scratch_root=f"{folder}/s", cache_root=f"{folder}/c", policy=policy)
+    with ExitStack() as stack:
+        if request.param == "container":
+            pod = stack.enter_context(pod_folder())
+            pod.launch(writable=[Path(tempfile.gettempdir())])
+            folder, user = str(pod.folder), PLUGIN_USER
+            runtime = PluginRuntime(
+                scratch_root=f"{folder}/scratch", cache_root=f"{folder}/c",
+                policy=SandboxPolicy(file_bytes=FILE_BYTES_MAX, required=POD_REQUIRED),
+                container=pod.container(),
+            )  # fmt: skip
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            Path(folder).chmod(0o755)
+            policy = SandboxPolicy(file_bytes=FILE_BYTES_MAX)
+            if request.param == "worker's user":
+                policy = SandboxPolicy(file_bytes=FILE_BYTES_MAX, uid_base=0)
+            runtime = PluginRuntime(
+                scratch_root=f"{folder}/s", cache_root=f"{folder}/c", policy=policy
+            )
+            user = runtime._scratch.slot(0).uid
         neighbour = runtime._scratch.slot(1).private("host-of-another")
+        if request.param == "container":
+            os.mkdir(neighbour.tmp, 0o700)
+            os.chown(neighbour.tmp, user, user)
         environment = own_environment()
         code = {"site": environment.site[0], "prefix": environment.prefix,
                 "base": environment.code[0], "kit": runtime._kit}  # fmt: skip
-        world = World(runtime._scratch.slot(0).uid, Path(neighbour.tmp), code)
+        world = World(user, Path(neighbour.tmp), code)
         bench = Bench(runtime, Path(folder))
         yield Cell(bench, world, bench.host(DRIVER, memory_mb=1024, pids=64))
         bench.close()
