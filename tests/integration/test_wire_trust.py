@@ -2,16 +2,13 @@
 
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zmq
+from curve_kit import Cluster, artifact_of, hold, new_pair, until, worker_of
 from scripted_worker import ScriptedWorker, job_of, seed
-from signing_kit import lax_rules, signed
 
 from casparian_flow.config import load_settings
 from casparian_flow.db.ledger import Ledger
@@ -27,105 +24,20 @@ from casparian_flow.protocol import messages as m
 from casparian_flow.protocol.curve import (
     CLIENT_SECRET,
     SERVER_PUBLIC,
-    SERVER_SECRET,
     ClientKeys,
-    CurvePair,
     client_keys,
     public_text,
-    secret_text,
 )
 from casparian_flow.protocol.http_types import HttpJobType
-from casparian_flow.sentinel.admission import Admission, PodIdentity, Principal
+from casparian_flow.sentinel.admission import PodIdentity, Principal
 from casparian_flow.sentinel.api import FileFinding, ScanReport
 from casparian_flow.sentinel.control import ControlClient, connect, remote
 from casparian_flow.sentinel.server import Sentinel, SentinelConfig
 from casparian_worker.mailbox import Mailbox
 from casparian_worker.noop_runner import NoopRunner
 from casparian_worker.wire import Wire, WireFiles
-from casparian_worker.worker_events import DrainRequested, WorkerConfig
+from casparian_worker.worker_events import DrainRequested, StartJob, WorkerConfig
 from casparian_worker.worker_state import WorkerState
-
-CONFIG: dict[str, Any] = {"lease_ttl_s": 30.0, "heartbeat_s": 1.0, "drain_s": 0.0}
-
-
-def new_pair() -> CurvePair:
-    public, secret = zmq.curve_keypair()
-    return CurvePair(public.decode(), secret.decode())
-
-
-def artifact_of(plugin: str) -> str:
-    return signed("code", plugin).artifact_hash
-
-
-def worker_of(plugin: str, artifact_hash: str = "") -> Principal:
-    return Principal("worker", "team", f"sa-{plugin}", plugin, artifact_hash or artifact_of(plugin))
-
-
-class Cluster:
-    """A Sentinel with CURVE, and keys and tokens for its workers."""
-
-    def __init__(self, folder: Path, stack: ExitStack, **config: Any) -> None:
-        self.folder = folder
-        self.stack = stack
-        self.server = new_pair()
-        curve = folder / "curve"
-        curve.mkdir()
-        (curve / SERVER_SECRET).write_text(secret_text(self.server))
-        self.tokens: dict[str, PodIdentity] = {}
-        self.reviews = 0
-        self.away = threading.Event()
-        self.admission = Admission(self._review)
-        self.keys: dict[str, Principal] = {}
-        self.sentinel = self._start(curve, config)
-
-    def _review(self, token: str) -> PodIdentity | None:
-        self.reviews += 1
-        if self.away.is_set():
-            raise CasparianError("the API server is away")
-        return self.tokens.get(token)
-
-    def _start(self, curve: Path, config: dict[str, Any]) -> Sentinel:
-        sentinel = Sentinel(
-            SentinelConfig(
-                bind_address="tcp://127.0.0.1:*",
-                database=self.folder / "ledger.duckdb",
-                trust=lax_rules,
-                curve_dir=curve,
-                admission=self.admission,
-                **(CONFIG | config),
-            )
-        )
-        thread = threading.Thread(target=sentinel.run)
-        thread.start()
-        self.stack.callback(thread.join, 30)
-        self.stack.callback(sentinel.stop)
-        assert sentinel.wait_started(20)
-        return sentinel
-
-    def admit(self, principal: Principal) -> ClientKeys:
-        """Issue a key; the service account's name is its token."""
-        pair = new_pair()
-        self.keys[pair.public] = principal
-        self.tokens[principal.service_account] = PodIdentity(
-            principal.namespace, principal.service_account
-        )
-        self.admission.replace(self.keys)
-        return ClientKeys(pair, self.server.public)
-
-    def worker(self, name: str, keys: ClientKeys, **more: Any) -> ScriptedWorker:
-        identity = more.pop("identity", None) or f"w{name:_<32}".encode()
-        return self.stack.enter_context(
-            ScriptedWorker(
-                self.sentinel.bind_address, name, keys=keys, identity=identity, nonce=name, **more
-            )
-        )
-
-    def counted(self, name: str) -> float:
-        value = self.sentinel.metrics.registry.get_sample_value(f"casparian_{name}_total")
-        return value or 0.0
-
-    def status(self, status: str) -> int:
-        return len(self.sentinel.control.list_jobs(status=status, limit=1000))
 
 
 @pytest.fixture
@@ -133,13 +45,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     seed(tmp_path / "ledger.duckdb", files=3, plugins=("alpha", "beta"))
     with ExitStack() as stack:
         yield Cluster(tmp_path, stack)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_an_unknown_key_and_a_client_without_one_do_not_get_in(cluster: Cluster) -> None:
@@ -318,20 +223,42 @@ def test_keys_without_anybody_who_admits_are_refused_at_start(tmp_path: Path) ->
 # -- rotation -----------------------------------------------------------------------------------
 
 
+class PatientRunner(NoopRunner):
+    """Ends jobs once it may."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        super().__init__(mailbox)
+        self.begun: list[StartJob] = []
+        self._lock = threading.Lock()
+        self._may = False
+
+    def start_job(self, job: StartJob) -> None:
+        with self._lock:
+            self.begun.append(job)
+            if self._may:
+                super().start_job(job)
+
+    def release(self) -> None:
+        with self._lock:
+            for job in () if self._may else self.begun:
+                super().start_job(job)
+            self._may = True
+
+
 class RealWorker:
     """A worker's wire in a thread of its own, with its files, and a runner that does nothing."""
 
     def __init__(self, cluster: Cluster, folder: Path, keys: ClientKeys, token: str) -> None:
         self.folder = folder
-        folder.mkdir()
-        self.hold(keys)
+        hold(folder, keys)
         (folder / "token").write_text(token)
         self.mailbox = Mailbox()
+        self.runner = PatientRunner(self.mailbox)
         self.state = WorkerState(WorkerConfig("w1", secrets.token_hex(8), "root-1", credit=4))
         self.wire = Wire(
             cluster.sentinel.bind_address,
             self.state,
-            NoopRunner(self.mailbox),
+            self.runner,
             self.mailbox,
             SystemClock(),
             secrets.token_bytes,
@@ -340,24 +267,16 @@ class RealWorker:
         self.thread = threading.Thread(target=self.wire.run)
         self.thread.start()
 
-    def hold(self, keys: ClientKeys) -> None:
-        """Change the files at once, as a Secret's volume does."""
-        for name, text in (
-            (SERVER_PUBLIC, public_text(keys.server)),
-            (CLIENT_SECRET, secret_text(keys.own)),
-        ):
-            (self.folder / f"{name}.new").write_text(text)
-            (self.folder / f"{name}.new").rename(self.folder / name)
-
     def stop(self) -> None:
+        self.runner.release()
         self.mailbox.post(DrainRequested())
         self.thread.join(30)
         assert not self.thread.is_alive()
         self.mailbox.close()
 
 
-def test_a_key_is_rotated_under_load_and_no_job_is_lost(tmp_path: Path) -> None:
-    count = 400
+def test_a_key_is_rotated_under_load_and_no_job_is_lost_or_done_twice(tmp_path: Path) -> None:
+    count = 100
     seed(tmp_path / "ledger.duckdb", files=count, plugins=("alpha",))
     with ExitStack() as stack:
         cluster = Cluster(tmp_path, stack)
@@ -365,12 +284,14 @@ def test_a_key_is_rotated_under_load_and_no_job_is_lost(tmp_path: Path) -> None:
         first = cluster.admit(principal)
         worker = RealWorker(cluster, tmp_path / "worker", first, "sa-alpha")
         stack.callback(worker.stop)
-        until(lambda: cluster.status("COMPLETED") > 0)
+        until(lambda: len(worker.runner.begun) >= 2)
         second = cluster.admit(principal)
-        worker.hold(second)
+        hold(worker.folder, second)
         until(lambda: cluster.counted("workers_registered") >= 2)
         cluster.admission.replace({second.own.public: principal})
+        worker.runner.release()
         until(lambda: cluster.status("COMPLETED") == count, 60)
+        assert {job["attempt"] for job in cluster.sentinel.control.list_jobs(limit=count)} == {1}
         (row,) = cluster.sentinel.control.list_workers()
         assert not row["leaving"]
         assert cluster.sentinel.control.list_dead_letters() == []
@@ -384,6 +305,7 @@ def test_a_worker_whose_key_comes_late_gets_in_without_a_restart(
     cluster.tokens["sa-alpha"] = PodIdentity("team", "sa-alpha")
     worker = RealWorker(cluster, tmp_path / "worker", keys, "not yet written")
     cluster.stack.callback(worker.stop)
+    worker.runner.release()
     until(lambda: cluster.counted("connections_refused") >= 1)
     cluster.admission.replace({keys.own.public: worker_of("alpha")})
     until(lambda: cluster.counted("workers_refused") >= 1)
@@ -421,9 +343,7 @@ def other_pods(tmp_path: Path) -> Iterator[Cluster]:
 
 def client(cluster: Cluster, keys: ClientKeys, name: str) -> ControlClient:
     folder = cluster.folder / name
-    folder.mkdir()
-    (folder / SERVER_PUBLIC).write_text(public_text(keys.server))
-    (folder / CLIENT_SECRET).write_text(secret_text(keys.own))
+    hold(folder, keys)
     control = remote(cluster.sentinel.remote_control_address, curve_dir=folder)
     cluster.stack.callback(control.close)
     return control

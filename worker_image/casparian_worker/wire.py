@@ -282,9 +282,10 @@ class Wire:
         s.setsockopt(zmq.IMMEDIATE, 1)
         s.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
         s.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
-        # So that the other end, too, gives a dead connection up, and its routing id with it.
-        s.setsockopt(zmq.HEARTBEAT_TTL, PING_TIMEOUT_MS)
         if self._keys is not None:
+            # So that the other end gives a dead connection up, and its routing id with it: it hands
+            # none over.
+            s.setsockopt(zmq.HEARTBEAT_TTL, PING_TIMEOUT_MS)
             s.curve_publickey = self._keys.own.public.encode("ascii")
             s.curve_secretkey = self._keys.own.secret.encode("ascii")
             s.curve_serverkey = self._keys.server.encode("ascii")
