@@ -126,11 +126,11 @@ class Controller:
         since = self._since.get(ref, 0.0)
         if ref.kind == PLUGIN.name:
             state = self._gatherer.plugin(body, since=since)
-            self._admit(ref, _workers_of(state, self._around.keys()))
+            self.admit(ref, _workers_of(state, self._around.keys()))
             return reconcile_plugin(state)
         if ref.kind == SOURCE.name:
             found = self._gatherer.source(body, since=since)
-            self._admit(ref, _scout_of(found.root, self._around.keys()))
+            self.admit(ref, _scout_of(found.root, self._around.keys()))
             return reconcile_source(found)
         return reconcile_approval(self._gatherer.approval(body, since=since))
 
@@ -264,7 +264,7 @@ class Controller:
 
     def forget(self, ref: Ref) -> None:
         """An object is gone: take what it stood for out of the ledger's wiring, and its keys."""
-        self._admit(ref, {})
+        self.admit(ref, {})
         self._since.pop(ref, None)
         if ref.kind in {SOURCE.name, PLUGIN.name}:
             self.retire_orphans([ref.namespace])
@@ -300,8 +300,13 @@ class Controller:
 
     # -- keys ---------------------------------------------------------------------------------
 
-    def _admit(self, ref: Ref, principals: Mapping[str, Principal]) -> None:
-        """Make these the keys of an object's pods."""
+    def principals(self) -> list[Principal]:
+        """Whose keys are admitted now."""
+        with self._lock:
+            return [p for some in self._principals.values() for p in some.values()]
+
+    def admit(self, ref: Ref, principals: Mapping[str, Principal]) -> None:
+        """Make these the keys of an object's pods, and no others."""
         with self._lock:
             if self._principals.get(ref, {}) == principals:
                 return

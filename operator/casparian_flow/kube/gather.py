@@ -203,14 +203,15 @@ class Gatherer:
         return judged
 
     def _rival(self, body: Body, name: str) -> str:
-        """An older object of the namespace whose plugin has this name."""
+        """Another object of the namespace that has the plugin of this name: the one under which the
+        ledger has something already, else the older one."""
         if not name:
             return ""
-        mine = _age(body)
+        mine = _claim_on(body, name)
         for other in self._around.store.all(PLUGIN, body["metadata"]["namespace"]):
             if other["metadata"].get("uid") == body["metadata"].get("uid"):
                 continue
-            if self._name_of(other) == name and _age(other) < mine:
+            if self._name_of(other) == name and _claim_on(other, name) < mine:
                 return str(other["metadata"]["name"])
         return ""
 
@@ -363,6 +364,11 @@ def _age(body: Body) -> tuple[str, str]:
     """Older objects come first; of two of one second one of them, always the same."""
     meta = body["metadata"]
     return str(meta.get("creationTimestamp", "")), str(meta.get("uid", ""))
+
+
+def _claim_on(body: Body, name: str) -> tuple[bool, str, str]:
+    """Whose claim on a plugin's name is better comes first."""
+    return (body.get("status", {}).get("plugin") != name, *_age(body))
 
 
 def _place(plugin: CasparianPlugin) -> tuple[str, str]:

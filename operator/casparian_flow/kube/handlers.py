@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 Heard = Callable[[str, Body], None]
 """Told of each event: its type ("ADDED", "MODIFIED", "DELETED", "" for one of a first list)."""
-SERVER_TIMEOUT_S = 240.0
-"""A watch is begun anew after this; it goes on where the last one ended."""
+SERVER_TIMEOUT_S = 240
+"""A watch is begun anew after this; it goes on where the last one ended. The API server takes
+whole seconds only."""
 SILENCE_S = 70.0
 """Without even a bookmark, which the API server sends every minute: the connection is dead."""
 CONNECT_S = 10.0
@@ -69,6 +70,8 @@ class Watches:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        # It tells of every event that was heard.
+        logging.getLogger("kopf").setLevel(logging.WARNING)
         while not self._stopping.is_set():
             self._stop_flags = [threading.Event(), threading.Event()]
             try:
@@ -126,7 +129,7 @@ class Watches:
 
         return hear
 
-    def _login(self, **_: Any) -> kopf.ConnectionInfo:
+    async def _login(self, **_: Any) -> kopf.ConnectionInfo:
         """The same credentials as every other request; asked for again when they have expired."""
         return kopf.ConnectionInfo(**self._client.connection())
 

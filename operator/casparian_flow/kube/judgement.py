@@ -3,24 +3,20 @@
 The same checks that a deploy makes, made before anything of the plugin exists in the cluster.
 """
 
-import base64
-import binascii
-import gzip
-import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from casparian_flow.domain.errors import CasparianError, UsageError
 from casparian_flow.domain.outputs import ANY_TOPIC, SinkMode, parse_mode, parse_sink_uri
+from casparian_flow.kube.bundles import bundle_digest, from_inlined, zipped
 from casparian_flow.kube.kinds import Body
 from casparian_flow.kube.models import CasparianPlugin, Quarantine
 from casparian_flow.kube.reasons import VERIFIED_BY_TRUST_CODE, VerifiedReason
 from casparian_flow.kube.verdict import Judgement, TopicWiring
 from casparian_flow.services import architect
 from casparian_flow.services.manifest import read_manifest
-from casparian_flow.trust.bundle import BUNDLE_BYTES_MAX, Bundle, unpack
+from casparian_flow.trust.bundle import Bundle, unpack
 from casparian_flow.trust.errors import GatekeeperError
 from casparian_flow.trust.rules import TrustRules
 
@@ -40,11 +36,12 @@ def read_source(plugin: CasparianPlugin, config_map: Body | None) -> bytes:
         config_map: the one that it names, None if there is none.
 
     Raises:
-        SourceError: it is not there, not what its digest says, or not readable.
+        SourceError: it is not there, or not what its digest says.
+        BundleError: it cannot be read.
     """
     source = plugin.spec.source
     if source.inline is not None:
-        return _decompressed(_decoded(source.inline, "spec.source.inline"))
+        return from_inlined(source.inline)
     named = source.config_map
     if named is None:
         raise SourceError("spec.source gives no bundle", VerifiedReason.SOURCE_MISSING)
@@ -56,8 +53,8 @@ def read_source(plugin: CasparianPlugin, config_map: Body | None) -> bytes:
             VerifiedReason.SOURCE_MISSING,
             hint="Apply all that 'casparian publish --emit-manifest' wrote.",
         )
-    bundle = _decompressed(_decoded(text, f"ConfigMap {named.name}"))
-    found = hashlib.sha256(bundle).hexdigest()
+    bundle = from_inlined(text)
+    found = bundle_digest(bundle)
     if found != named.digest:
         raise SourceError(
             f"ConfigMap {named.name} holds a bundle of digest {found[:16]}…, not "
@@ -66,39 +63,6 @@ def read_source(plugin: CasparianPlugin, config_map: Body | None) -> bytes:
             hint="Apply the object and the ConfigMap that were written together.",
         )
     return bundle
-
-
-def _decoded(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SourceError(
-            f"{where} is not base64", VerifiedReason.BUNDLE_UNREADABLE, hint=_EMIT
-        ) from error
-
-
-def _decompressed(data: bytes) -> bytes:
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            # A small file can be made that is huge when unpacked.
-            found = stream.read(BUNDLE_BYTES_MAX + 1)
-    except (OSError, EOFError, ValueError) as error:
-        raise SourceError(
-            f"the bundle is not gzip: {error}", VerifiedReason.BUNDLE_UNREADABLE, hint=_EMIT
-        ) from error
-    if len(found) > BUNDLE_BYTES_MAX:
-        raise SourceError(
-            f"the bundle is larger than {BUNDLE_BYTES_MAX} bytes", VerifiedReason.BUNDLE_UNREADABLE
-        )
-    return found
-
-
-_EMIT = "Write the object with 'casparian publish --emit-manifest'."
-
-
-def compressed(bundle: bytes) -> bytes:
-    """A bundle as objects hold it; equal bundles give equal bytes."""
-    return gzip.compress(bundle, mtime=0)
 
 
 def judge(
@@ -160,7 +124,7 @@ def judge_bundle(
         signer=verdict.signer,
         lock_hash=release.env_hash,
         bundle=data,
-        compressed=compressed(data),
+        compressed=zipped(data),
         topics=topics,
     )
 

@@ -28,6 +28,7 @@ from casparian_flow.domain.clock import Clock, SystemClock
 from casparian_flow.domain.errors import CasparianError, ConfigError, LedgerUnavailableError
 from casparian_flow.kube import names
 from casparian_flow.kube.autoscaler import Autoscaler
+from casparian_flow.kube.backup_access import backup_keys, keep_backup_secret
 from casparian_flow.kube.client import KubeClient
 from casparian_flow.kube.controller import Controller
 from casparian_flow.kube.curve_keys import KeyRing, folder_of
@@ -47,6 +48,7 @@ from casparian_flow.kube.work_queue import WorkQueue
 from casparian_flow.sentinel.admission import Admission
 from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.sentinel.server import Sentinel, SentinelConfig, config_of
+from casparian_flow.trust.rules import TrustSource
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,12 @@ class Operator:
     """`run` blocks until `stop`, a signal, or the loss of the Lease; see the module's text."""
 
     def __init__(
-        self, config: OperatorConfig, client: KubeClient, *, clock: Clock | None = None
+        self,
+        config: OperatorConfig,
+        client: KubeClient,
+        *,
+        clock: Clock | None = None,
+        trust: TrustSource | None = None,
     ) -> None:
         self.config = config
         self.client = client
@@ -161,7 +168,7 @@ class Operator:
             client=client,
             looks=self.looks,
             control=lambda: self.control,
-            trust=trust_source(config.settings),
+            trust=trust or trust_source(config.settings),
             site=lambda: self.site,
             keys=lambda: self._keys,
             replicas=self.autoscaler.replicas,
@@ -269,6 +276,7 @@ class Operator:
             thread = threading.Thread(target=part, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
+        stack.callback(self._join)
         for close in (self.lease.close, self.resync.close, self.autoscaler.close, self.queue.close):
             stack.callback(close)
         # What a list cannot find, a watch cannot either: kinds that are not installed yet.
@@ -276,6 +284,12 @@ class Operator:
             pass
         self.watches.start()
         stack.callback(self.watches.stop)
+
+    def _join(self) -> None:
+        """What they have begun is finished while the Sentinel still answers."""
+        for thread in self._threads:
+            if thread.name != "sentinel":
+                thread.join(STOP_S)
 
     def _lost(self, why: str) -> None:
         """Another is the operator. Nothing more may be written, so this ends at once."""
@@ -311,7 +325,16 @@ class Operator:
         look = self.looks.since(self._clock.now().mono)
         self.requests.make(look)
         self.controller.retire_orphans(self.config.watched)
+        self._let_backups_in()
         self._synced.set()
+
+    def _let_backups_in(self) -> None:
+        """Have the key of backups admitted and in its Secret, if there are to be any."""
+        account, namespace = self._settings.operator.backup_account, self.config.namespace
+        keys = backup_keys(self._keys, namespace, account)
+        self.controller.admit(Ref("ServiceAccount", namespace, account), keys)
+        if account and keep_backup_secret(self.client, self._keys, namespace, account):
+            log.info("wrote the key of backups into Secret %s/%s", namespace, account)
 
     def _reload(self) -> None:
         """Take settings and keys in that have changed: whom pods trust, master keys."""
