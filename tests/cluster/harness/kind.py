@@ -124,7 +124,7 @@ class Cluster:
     def save_logs(self, folder: Path) -> None:
         """Everything that helps to understand a failure: nodes' and pods' logs, all objects."""
         folder.mkdir(parents=True, exist_ok=True)
-        _kind("export", "logs", str(folder), "--name", self.name)
+        _export_logs(self, folder)
         for file, arguments in {
             "pods.txt": ("get", "pods", "-A", "-o", "wide"),
             "events.txt": ("get", "events", "-A", "--sort-by=.lastTimestamp"),
@@ -203,11 +203,8 @@ def _create(cluster: Cluster, image: str) -> None:
     cluster.folder.mkdir(parents=True)
     cluster.shared.mkdir()
     cluster.shared.chmod(0o777)
-    servers = machine.name_servers()
-    resolver = cluster.folder / "resolv.conf"
-    resolver.write_text("".join(f"nameserver {server}\n" for server in servers))
     configuration = cluster.folder / "kind.json"
-    configuration.write_text(json.dumps(_configuration(cluster, resolver if servers else None)))
+    configuration.write_text(json.dumps(_configuration(cluster)))
     with step(f"kind create cluster {cluster.name}"):
         _kind(
             *("create", "cluster", "--name", cluster.name, "--image", image, "--retain"),
@@ -215,12 +212,14 @@ def _create(cluster: Cluster, image: str) -> None:
         )
     if cluster.own_image:
         nodes = _await(lambda: _with_ranges(cluster), "the nodes' ranges of addresses")
+        # Before nodes are Ready, so that no DNS server starts with another configuration.
+        cluster.client.apply(network.name_service(machine.name_servers()))
         network.connect(network.addresses(nodes))
     with step("waiting for nodes, DNS and storage"):
         _await(lambda: _ready(cluster), "nodes, DNS and storage to be ready")
 
 
-def _configuration(cluster: Cluster, resolver: Path | None) -> dict[str, Any]:
+def _configuration(cluster: Cluster) -> dict[str, Any]:
     mounts = [{"hostPath": str(cluster.shared), "containerPath": SHARED}]
     kubelet: dict[str, Any] = {"nodeStatusUpdateFrequency": "4s"}
     plane: dict[str, Any] = {
@@ -231,10 +230,6 @@ def _configuration(cluster: Cluster, resolver: Path | None) -> dict[str, Any]:
     if cluster.own_image:
         kubelet |= {"cgroupDriver": "cgroupfs", "localStorageCapacityIsolation": False}
         plane |= {"imageRepository": images.REPOSITORY}
-        if resolver is not None:
-            # The nodes' own resolver is on their loopback, where no pod can ask it.
-            mounts.append({"hostPath": str(resolver), "containerPath": "/kind/resolv.conf"})
-            kubelet |= {"resolvConf": "/kind/resolv.conf"}
     return {
         "kind": "Cluster",
         "apiVersion": "kind.x-k8s.io/v1alpha4",
@@ -307,12 +302,16 @@ def _thaw_all(cluster: Cluster) -> None:
 def _keep_logs_of_failure(cluster: Cluster) -> None:
     folder = ROOT / "logs" / f"cluster-{cluster.name}"
     shutil.rmtree(folder, ignore_errors=True)
+    _export_logs(cluster, folder)
+    say(f"logs of the nodes are in {folder}")
+
+
+def _export_logs(cluster: Cluster, folder: Path) -> None:
+    """As much as there is: what cannot be had must not hide the failure that is looked into."""
     try:
         _kind("export", "logs", str(folder), "--name", cluster.name)
     except HarnessError as error:
-        say(f"no logs of the nodes: {error.message}")
-    else:
-        say(f"logs of the nodes are in {folder}")
+        say(f"not all logs of the nodes could be had: {error.message}")
 
 
 def _kind(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Pods' network on nodes that come without one: a bridge-less pair for each pod, and routes.
+"""Pods' network on nodes that come without one: a pair of interfaces for each pod, and routes.
 
 It connects pods, Services and the world outside; it does not enforce NetworkPolicies.
 """
@@ -45,6 +45,37 @@ def connect(nodes: Sequence[NodeAddress]) -> None:
         configuration = json.dumps(_configuration(node.pods)).encode()
         script = " && ".join(f"({command})" for command in commands)
         daemon.docker("exec", "-i", node.name, "sh", "-euc", script, stdin=configuration)
+
+
+def name_service(servers: Sequence[str]) -> dict[str, Any]:
+    """CoreDNS's configuration, as a ConfigMap.
+
+    kubeadm's own asks the node's resolver for the names of the world outside, which is docker's, on
+    the node's loopback: a pod that asks it asks itself.
+
+    Args:
+        servers: Whom to ask for those names; nobody if empty.
+    """
+    lines = [
+        "errors",
+        "health",
+        "ready",
+        "kubernetes cluster.local in-addr.arpa ip6.arpa {",
+        "    pods insecure",
+        "    fallthrough in-addr.arpa ip6.arpa",
+        "    ttl 5",
+        "}",
+        *([f"forward . {' '.join(servers)}"] if servers else []),
+        "cache 5",
+        "loadbalance",
+    ]
+    corefile = "".join(f"    {line}\n" for line in lines)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "coredns", "namespace": "kube-system"},
+        "data": {"Corefile": f".:53 {{\n{corefile}}}\n"},
+    }
 
 
 def _configuration(pods: str) -> dict[str, Any]:
