@@ -80,7 +80,9 @@ class WheelSource:
         if self.index_url or not _INDEX_VARIABLES & os.environ.keys():
             first, *more = [self.index_url] if self.index_url else lock.indexes or ("",)
             options = ["--default-index", first] if first else []
-            return options + [option for url in more for option in ("--index", url)]
+            options += [option for url in more for option in ("--index", url)]
+            # Of several, any may have the locked bytes; which bytes they are, the hashes say.
+            return [*options, "--index-strategy", "unsafe-best-match"] if more else options
         return []
 
     def variables(self) -> dict[str, str]:

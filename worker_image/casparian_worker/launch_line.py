@@ -12,8 +12,10 @@ The plugins run as the launcher's user, so a worker takes what it reads here for
 are bounded and fit one of these kinds, or the line is cut.
 """
 
+import array
 import json
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin
 
@@ -157,22 +159,30 @@ def receive_request(sock: socket.socket) -> tuple[Request | None, list[int]]:
     Raises:
         LineError: it is none of Request, or has other descriptors than it should.
     """
-    raw, lines, _, _ = socket.recv_fds(
-        sock, PACKET_BYTES_MAX + 1, _LINES, flags=socket.MSG_CMSG_CLOEXEC
+    lines = array.array("i")
+    # Not socket.recv_fds, which passes its flags over: a forked plugin would inherit them.
+    raw, parts, flags, _ = sock.recvmsg(
+        PACKET_BYTES_MAX + 1,
+        socket.CMSG_SPACE(_LINES * lines.itemsize),
+        socket.MSG_CMSG_CLOEXEC,
     )
+    for level, kind, data in parts:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            lines.frombytes(data[: len(data) - len(data) % lines.itemsize])
     try:
         message = _unpacked(raw) if raw else None
         if not isinstance(message, Request | None):
             raise LineError(f"sent {type(message).__name__}, which is not its to send")
-        if len(lines) != (_LINES if isinstance(message, Start) else 0):
-            raise LineError(f"sent {len(lines)} descriptors")
+        cut = flags & socket.MSG_CTRUNC
+        if cut or len(lines) != (_LINES if isinstance(message, Start) else 0):
+            raise LineError(f"sent {len(lines)} descriptors{' and more' if cut else ''}")
     except LineError:
         close_all(lines)
         raise
-    return message, lines
+    return message, list(lines)
 
 
-def close_all(descriptors: list[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
     """Close descriptors that were received."""
     for descriptor in descriptors:
         socket.close(descriptor)

@@ -269,7 +269,7 @@ class Launcher:
                     start.family, launch, lines, worker, self._clock, self._weigh, self._ended
                 )
                 self._wards[start.family] = ward
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("family %d cannot be started: %s", start.family, error)
             _send(worker, line.Refused(start.family, str(error)[:1000]))
             return
@@ -280,7 +280,8 @@ class Launcher:
         """The launch, with the interpreter, kit and folder that this container has.
 
         Raises:
-            ValueError, TypeError, KeyError: it is none that can be carried out here.
+            ValueError, TypeError, LookupError, AttributeError: it is none that can be carried out
+                here.
         """
         launch = Launch.from_json(start.launch)
         rules = launch.confinement
