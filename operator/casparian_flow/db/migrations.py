@@ -43,8 +43,13 @@ STEPS: Final[tuple[Step, ...]] = (
         "85492196223cb6eab8fe861c99e3a1f7c62ec833d6604637c3107b865316b934",
         "e51c6575bd4cbf364474cc40118aa0b0a217c798ebd9cf6d92e24670e2bd8221",
         (
-            "CREATE TABLE cf_api_plans (api_job_id BIGINT PRIMARY KEY, "
-            "plan_json VARCHAR NOT NULL, made BIGINT NOT NULL DEFAULT 0 CHECK (made >= 0))",
+            """
+            CREATE TABLE cf_api_plans (
+                api_job_id BIGINT PRIMARY KEY,
+                plan_json VARCHAR NOT NULL,
+                made BIGINT NOT NULL DEFAULT 0 CHECK (made >= 0)
+            )
+            """,
         ),
     ),
 )

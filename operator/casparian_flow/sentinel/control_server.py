@@ -263,8 +263,8 @@ def _raise(error: Exception) -> list[bytes]:
 def parse_peer(text: str) -> Caller | None:
     """The credentials that libzmq reads from the kernel for an ipc peer: `host:uid:gid:pid`.
 
-    >>> parse_peer("localhost:1000:1000:4711")
-    Caller(transport='ipc', uid=1000, pid=4711)
+    >>> str(parse_peer("localhost:1000:1000:4711"))
+    'uid 1000 (pid 4711)'
     """
     parts = text.rsplit(":", 3)
     if len(parts) != 4 or not all(p.isascii() and p.isdigit() for p in parts[1:]):
