@@ -56,10 +56,12 @@ PATIENCE_S = 20.0
 class Running:
     """A Sentinel in a thread."""
 
-    def __init__(self, database: Path, **config: object) -> None:
+    def __init__(
+        self, database: Path, bind_address: str = "tcp://127.0.0.1:*", **config: object
+    ) -> None:
         self.database = database
         self.sentinel = Sentinel(
-            SentinelConfig(bind_address="tcp://127.0.0.1:*", database=database, **config)  # type: ignore[arg-type]
+            SentinelConfig(bind_address=bind_address, database=database, **config)  # type: ignore[arg-type]
         )
         self._thread = threading.Thread(target=self.sentinel.run)
         self._thread.start()
@@ -162,6 +164,21 @@ def test_a_sentinel_may_forbid_to_approve_ones_own_request(database: Path) -> No
     running.close()
 
 
+@pytest.mark.parametrize(("host", "allowed"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_ones_own_request_is_approved_only_while_all_workers_are_on_this_machine(
+    database: Path, host: str, allowed: bool
+) -> None:
+    running = Running(database, bind_address=f"tcp://{host}:*")
+    with connect(database) as control:
+        control.api.create_approval("a", RUN, "Run p", timedelta(hours=1))
+        if allowed:
+            assert control.api.approve("a")
+        else:
+            with pytest.raises(NotPermittedError):
+                control.api.approve("a")
+    running.close()
+
+
 def test_who_waits_is_woken_by_an_insert_at_once(api: ApiClient) -> None:
     job_id = new_job(api)
     woken: list[float] = []
@@ -251,7 +268,12 @@ def test_requests_expire_and_old_jobs_go_by_the_clock(database: Path) -> None:
         assert ledger.check() == []
 
 
-def test_100_000_events_are_read_page_by_page(database: Path) -> None:
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_100_000_events_are_read_page_by_page_in_flat_memory(database: Path) -> None:
     with ApiStorage.open(f"duckdb:{database}") as api:
         job_id = new_job(api)
         for first in range(0, 100_000, 10_000):
@@ -259,10 +281,14 @@ def test_100_000_events_are_read_page_by_page(database: Path) -> None:
                 job_id, [EventType.Phase(str(n)) for n in range(first, first + 10_000)]
             )
         after = count = 0
+        before, highest = resident_mb(), 0.0
         while events := api.list_events(job_id, after, 1_000):
+            highest = max(highest, resident_mb())
             assert [e.event_id for e in events] == list(range(after + 1, after + 1_001))
             after, count = events[-1].event_id, count + len(events)
         assert count == 100_000
+        grown = highest - before
+        assert grown < 40, grown
 
 
 CALLER = """

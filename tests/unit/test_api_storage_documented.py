@@ -80,6 +80,88 @@ def test_api_storage_creates_and_gets_a_job() -> None:
     assert job.plugin_name == "test_parser"
 
 
+PRINTED = {
+    "cf_api_jobs": """
+        job_id BIGINT, job_type TEXT!, status TEXT!, plugin_name TEXT!, plugin_version TEXT,
+        input_dir TEXT!, output_sink TEXT, approval_id TEXT, created_at TIMESTAMP,
+        started_at TIMESTAMP, finished_at TIMESTAMP, error_message TEXT, progress_phase TEXT,
+        progress_items_done BIGINT, progress_items_total BIGINT, progress_message TEXT,
+        result_rows_processed BIGINT, result_bytes_written BIGINT, result_outputs_json TEXT,
+        result_metrics_json TEXT
+    """,
+    "cf_api_events": """
+        id BIGINT, event_id BIGINT!, job_id BIGINT!, event_type TEXT!, timestamp TIMESTAMP,
+        payload_json TEXT!
+    """,
+    "cf_api_approvals": """
+        approval_id TEXT, status TEXT!, operation_type TEXT!, operation_json TEXT!, summary TEXT!,
+        created_at TIMESTAMP, expires_at TIMESTAMP!, decided_at TIMESTAMP, decided_by TEXT,
+        rejection_reason TEXT, job_id BIGINT
+    """,
+}
+"""Columns as printed; "!" for NOT NULL."""
+WORDS = {
+    "cf_api_jobs": {
+        "job_type": "run backtest preview",
+        "status": "queued running completed failed cancelled",
+    },
+    "cf_api_events": {
+        "event_type": "job_started phase progress violation output job_finished approval_required",
+    },
+    "cf_api_approvals": {"status": "pending approved rejected expired"},
+}
+
+
+def tables_of(storage: ApiStorage) -> dict[str, dict[str, tuple[str, bool]]]:
+    """(type, whether it may be null) by table and column."""
+    found = storage._read(
+        lambda connection: connection.execute(
+            "SELECT table_name, column_name, data_type, is_nullable FROM duckdb_columns()"
+        ).fetchall()
+    )
+    tables: dict[str, dict[str, tuple[str, bool]]] = {}
+    for table, column, kind, nullable in found:
+        tables.setdefault(table, {})[column] = (kind, nullable)
+    return tables
+
+
+def test_api_storage_has_the_printed_columns() -> None:
+    tables = tables_of(setup_storage())
+    for table, printed in PRINTED.items():
+        for entry in printed.split(","):
+            name, kind = entry.split()
+            found, nullable = tables[table][name]
+            assert found == kind.rstrip("!").replace("TEXT", "VARCHAR"), (table, name)
+            assert not (nullable and kind.endswith("!")), (table, name)
+
+
+def test_api_storage_checks_every_word_in_its_tables() -> None:
+    storage = setup_storage()
+    for table, columns in WORDS.items():
+        rules = storage._read(
+            lambda connection: connection.execute(
+                "SELECT table_name, constraint_text FROM duckdb_constraints() "
+                "WHERE constraint_type = 'CHECK'"
+            ).fetchall()
+        )
+        for column, words in columns.items():
+            (rule,) = [
+                text for of, text in rules if of == table and text.startswith(f"CHECK(({column} ")
+            ]
+            assert all(f"'{word}'" in rule for word in words.split()), rule
+
+
+def test_api_storage_numbers_events_as_the_printed_query_does() -> None:
+    storage = setup_storage()
+    job_id = storage.create_job(HttpJobType.Run, "test_parser", None, "/data")
+    query = "SELECT COALESCE(MAX(event_id), 0) + 1 FROM cf_api_events WHERE job_id = ?"
+    for _ in range(3):
+        found = storage._read(lambda connection: connection.execute(query, [job_id]).fetchall())
+        printed = found[0][0]
+        assert storage.next_event_id(job_id) == printed
+        assert storage.insert_event(job_id, EventType.JobStarted()) == printed
+
+
 def test_beside_the_api_storage_the_queue_is_used_as_printed() -> None:
     conn = DbConnection.open_duckdb_memory()
     queue = JobQueue(conn)
