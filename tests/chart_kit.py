@@ -75,6 +75,11 @@ def rendered(
 
     Each has the path of its template in the annotation-like key `_template`.
     """
+    return tuple(_objects(rendered_text(*names, sets=sets, apis=apis)))
+
+
+def rendered_text(*names: str, sets: tuple[str, ...] = (), apis: tuple[str, ...] = APIS) -> str:
+    """As `rendered`, as helm prints it."""
     arguments: list[str | Path] = ["template", "casparian", CHART, "--namespace", NAMESPACE]
     for name in names:
         arguments += ["--values", VALUES / f"{name}.yaml"]
@@ -82,7 +87,7 @@ def rendered(
         arguments += ["--set-json", value]
     for api in apis:
         arguments += ["--api-versions", api]
-    return tuple(_objects(run_helm(*arguments).stdout))
+    return run_helm(*arguments).stdout
 
 
 def _objects(text: str) -> Iterator[Manifest]:
@@ -91,7 +96,7 @@ def _objects(text: str) -> Iterator[Manifest]:
         for line in part.splitlines():
             if line.startswith("# Source: "):
                 template = line.removeprefix("# Source: casparian/")
-        found = yaml.safe_load(part)
+        found = yaml.load(part, Loader=yaml.CSafeLoader)
         if found:
             yield {**found, "_template": template}
 
@@ -126,12 +131,14 @@ def pod_templates(objects: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]
             yield "StatefulSet", {"spec": {**pod, "volumes": [*pod["volumes"], *made]}}
 
 
+@cache
 def schema() -> dict[str, Any]:
     """values.schema.json."""
     found: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text("utf-8"))
     return found
 
 
+@cache
 def defaults() -> dict[str, Any]:
     """values.yaml."""
     found: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))

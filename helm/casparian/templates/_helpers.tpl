@@ -109,7 +109,6 @@ memory_mb = {{ int .memoryMb }}
 pids = {{ int .pids }}
 log_kb = {{ int .logKb }}
 recycle_after = {{ int .recycleAfter }}
-drain_seconds = {{ toJson .drainSeconds }}
 {{- end }}
 
 {{- if kindIs "slice" .Values.worker.sandboxRequire }}
