@@ -68,6 +68,13 @@ def operator_of(api: ApiServer, space: str) -> ApiClient:
     return api.client_for_account(*OPERATOR)
 
 
+def await_stamp(api: ApiServer, operator: ApiClient, space: str) -> None:
+    """Wait until a decision is stamped: new policies and kinds take a moment to be known."""
+    operator.create(manifest("Approval", space, name="first-decision"))
+    ann = api.client_for("ann")
+    api.client.wait(lambda: not refusal(ann, space, "first-decision", decision="approved"), 30)
+
+
 def refusal(client: ApiClient, space: str, name: str = "sales", **decision: str) -> str:
     """What the server says to a decision; "" if it takes it."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from kube_kinds import OPERATOR, install, manifest
 from kube_kit import ApiClient, ApiError, ApiServer
-from kube_people import bind, operator_of, people, refusal, role
+from kube_people import await_stamp, bind, operator_of, people, role
 
 from casparian_flow.kube.names import API_VERSION
 
@@ -25,10 +25,7 @@ def operator(api: ApiServer) -> ApiClient:
     install(api)
     space = people(api, api.namespace("first-decision"))
     client = operator_of(api, space)
-    client.create(manifest("Approval", space))
-    # New policies and kinds take a moment until every part of the server knows them.
-    ann = api.client_for("ann")
-    api.client.wait(lambda: not refusal(ann, space, decision="approved"), seconds=30)
+    await_stamp(api, client, space)
     return client
 
 

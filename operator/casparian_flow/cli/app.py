@@ -27,7 +27,7 @@ from casparian_flow.cli import (
     status,
 )
 from casparian_flow.cli.context import App, CommandGroup
-from casparian_flow.domain.errors import CasparianError
+from casparian_flow.domain.errors import CasparianError, UsageError
 from casparian_flow.logs import start_logging
 
 EPILOG = """\b
@@ -39,6 +39,15 @@ Exit codes: 0 done, 1 failed, 2 wrong request or configuration, 4 not found,
 Shell completion (bash; for zsh and fish write zsh_source, fish_source):
   eval "$(_CASPARIAN_COMPLETE=bash_source casparian)"
 """
+
+
+OVER_A_CLUSTER = frozenset(
+    {
+        "approvals", "backfill", "dead-letters", "events", "files", "job", "jobs", "mcp", "plugin",
+        "plugins", "replay", "rules", "status", "topics", "versions", "workers",
+    }
+)  # fmt: skip
+"""Commands that ask the control plane and nothing of this machine."""
 
 
 class OrderedGroup(CommandGroup):
@@ -56,10 +65,19 @@ class OrderedGroup(CommandGroup):
     type=click.Path(path_type=Path, dir_okay=False),
     help="Configuration file. Default: $CASPARIAN_CONFIG, then ./global_config.toml.",
 )
+@click.option(
+    "--context",
+    "cluster",
+    default="",
+    metavar="NAME",
+    help="Ask the operator on Kubernetes that this context of your kubeconfig leads to.",
+)
 @click.option("--debug", is_flag=True, help="Log everything, and show tracebacks of errors.")
 @click.option("--die-with", type=int, hidden=True, help="End when this parent process ends.")
 @click.pass_context
-def cli(context: click.Context, config: Path | None, debug: bool, die_with: int | None) -> None:
+def cli(
+    context: click.Context, config: Path | None, cluster: str, debug: bool, die_with: int | None
+) -> None:
     """Watch folders, version every file, run plugins over each version once.
 
     \b
@@ -70,7 +88,15 @@ def cli(context: click.Context, config: Path | None, debug: bool, die_with: int 
       casparian start
     """
     app = context.ensure_object(App)
-    app.config, app.debug = config or app.config, debug
+    app.config, app.debug, app.cluster = config or app.config, debug, cluster
+    if cluster and context.invoked_subcommand not in OVER_A_CLUSTER:
+        raise UsageError(
+            f"'{context.invoked_subcommand}' works on this machine, not on a cluster's operator",
+            hint="On Kubernetes plugins and source roots are objects: kubectl apply, and "
+            "'casparian publish --emit-manifest'. With --context there are: "
+            + ", ".join(sorted(OVER_A_CLUSTER))
+            + ".",
+        )
     context.call_on_close(app.close)
     if debug:
         start_logging("DEBUG")

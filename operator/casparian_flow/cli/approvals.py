@@ -89,6 +89,8 @@ def _decision(approval: Approval) -> str:
 def approve(app: App, approval_id: str, reject: bool, reason: str | None) -> None:
     """Approve a request, or reject it. The beginning of its id is enough.
 
+    On Kubernetes, with --context, the decision is written into the Approval object in your name.
+
     What was asked for is compared with what would be done now: if the plugin's code, the files,
     the sink or the parameters have changed since, the request is void and nothing runs.
 
@@ -100,6 +102,9 @@ def approve(app: App, approval_id: str, reject: bool, reason: str | None) -> Non
     if reason is not None and not reject:
         raise UsageError("a reason goes with --reject")
     found = _found(app, approval_id)
+    if app.cluster:
+        _decide_on_object(app, found, reject=reject, reason=reason)
+        return
     # A Sentinel puts the name there that the kernel knows this process by.
     me = user_name(os.geteuid())
     api = app.api
@@ -121,6 +126,14 @@ def approve(app: App, approval_id: str, reject: bool, reason: str | None) -> Non
     show_data(app, _row(after), told)
     if after.job_id is not None and app.control.status()["sentinel"] is None:
         note("it begins when a Sentinel with a worker runs: casparian start")
+
+
+def _decide_on_object(app: App, found: Approval, *, reject: bool, reason: str | None) -> None:
+    from casparian_flow.kube.context import decide
+
+    session = app.session
+    after = decide(session.client, session.control, found, reject=reject, reason=reason)
+    show_data(app, _row(after), f"{after.status} by {after.decided_by}: {after.summary}")
 
 
 def _found(app: App, text: str) -> Approval:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from casparian_flow.config import Settings, load_settings
-from casparian_flow.domain.errors import NotFoundError
+from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.domain.paths import path_to_text
 from casparian_flow.sentinel.api import ApiStore, ControlApi, Row
 
 if TYPE_CHECKING:
+    from casparian_flow.kube.context import ClusterSession
     from casparian_flow.sentinel.control import ControlClient
 
 SENTENCE_CHARS = 200
@@ -44,14 +45,17 @@ class App:
     Attributes:
         connector: how the control plane is reached; tests put a double here.
         output: "table" for people or "json" for programs.
+        cluster: context of the kubeconfig whose operator is asked; "" = this machine.
     """
 
     config: Path | None = None
     debug: bool = False
     output: str = "table"
     connector: Callable[[Settings], "ControlClient"] = connect
+    cluster: str = ""
     _settings: Settings | None = field(default=None, repr=False)
     _control: "ControlClient | None" = field(default=None, repr=False)
+    _session: "ClusterSession | None" = field(default=None, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -70,7 +74,24 @@ class App:
         """Jobs, events and approvals of the API, over the same connection."""
         return self._connected().api
 
+    @property
+    def session(self) -> "ClusterSession":
+        """The operator of `cluster`; connected on first use."""
+        if self._session is None:
+            try:
+                from casparian_flow.kube.context import ClusterSession
+            except ModuleNotFoundError as error:
+                raise UsageError(
+                    f"--context needs the library {error.name}",
+                    hint="Install it: pip install 'casparian-flow[kubernetes]'.",
+                ) from error
+            namespace = self.settings.operator.namespace
+            self._session = ClusterSession.open(self.cluster, namespace)
+        return self._session
+
     def _connected(self) -> "ControlClient":
+        if self.cluster:
+            return self.session.control
         if self._control is None:
             self._control = self.connector(self.settings)
         return self._control
@@ -83,6 +104,9 @@ class App:
         control, self._control = self._control, None
         if control is not None:
             control.close()
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
 
 class CommandGroup(click.Group):

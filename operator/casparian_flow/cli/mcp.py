@@ -5,7 +5,7 @@ import click
 from casparian_flow.cli.context import App, CommandGroup, pass_app
 from casparian_flow.config import overridden
 from casparian_flow.domain.clock import SystemClock
-from casparian_flow.domain.errors import ConfigError
+from casparian_flow.domain.errors import ConfigError, UsageError
 from casparian_flow.logs import start_logging
 
 
@@ -30,6 +30,11 @@ def serve(app: App, http: bool, host: str | None, port: int | None) -> None:
       casparian mcp serve
       casparian mcp serve --http --port 8765
     """
+    if app.cluster:
+        raise UsageError(
+            "the MCP server asks the Sentinel of its own machine",
+            hint="Leave --context out.",
+        )
     try:
         from casparian_flow.mcp_server import serving
         from casparian_flow.mcp_server.audit import AuditLog

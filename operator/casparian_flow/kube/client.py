@@ -98,6 +98,25 @@ class KubeClient:
             ) from error
         return cls(configuration)
 
+    @staticmethod
+    def namespace_of(context: str) -> str:
+        """The namespace that a context of the kubeconfig is in.
+
+        Raises:
+            ConfigError: there is no such context.
+        """
+        try:
+            contexts, _ = kubernetes_config.list_kube_config_contexts()  # type: ignore[no-untyped-call]
+        except (ConfigException, OSError, ValueError) as error:
+            raise ConfigError(f"no cluster is configured: {error}") from error
+        for found in contexts:
+            if found["name"] == context:
+                return str(found["context"].get("namespace") or "default")
+        raise ConfigError(
+            f"the kubeconfig has no context {context!r}",
+            hint="'kubectl config get-contexts' lists them.",
+        )
+
     # -- objects ------------------------------------------------------------------------------
 
     def list(self, kind: Kind, namespace: str, *, selector: str = "") -> Sequence[Body]:
@@ -154,7 +173,7 @@ class KubeClient:
 
     def merge(self, kind: Kind, namespace: str, name: str, patch: Mapping[str, Any]) -> Body:
         """Change some fields of an object that others made."""
-        query = {"fieldManager": names.FIELD_MANAGER}
+        query = {"fieldManager": self._reporter}
         return self._ask("PATCH", kind.path(namespace, name), query, patch, MERGE)
 
     def delete(self, kind: Kind, namespace: str, name: str) -> None:
