@@ -322,13 +322,13 @@ def test_no_other_token_proves_anything(changes: dict[str, Any]) -> None:
 # -- bundles
 
 SOURCE = """
-    from casparian_flow.sdk import PluginMetadata
+    from casparian_flow.sdk import BasePlugin, PluginMetadata
 
     MANIFEST = PluginMetadata(pattern="*.csv", topic="rows", sinks={{"rows": "parquet://rows"}})
 
 
-    class Handler:
-        def execute(self, ctx):
+    class Handler(BasePlugin):
+        def consume(self, file, context):
             {body}
 """
 

@@ -10,7 +10,7 @@ from casparian_flow.domain.wiring import PluginStatus as Standing
 from casparian_flow.kube import names
 from casparian_flow.kube.kinds import Body, Ref, ref_of
 from casparian_flow.kube.models import plugin_of
-from casparian_flow.kube.plan import Deploy, Pause, Plan, Resume, Rollback, SetTopic
+from casparian_flow.kube.plan import ChooseRoots, Deploy, Pause, Plan, Resume, Rollback, SetTopic
 from casparian_flow.kube.reasons import VerifiedReason
 from casparian_flow.kube.reconcile_plugin import (
     RETRY_PROVISION_S,
@@ -385,10 +385,19 @@ def test_a_server_needs_no_volume() -> None:
 def test_a_source_root_that_is_missing_is_told() -> None:
     body = plugin_body(spec={"sourceRoots": ["inbox"]})
     assert condition(reconcile_plugin(state_of(body)), "Deployed") == ("False", "SourceRootMissing")
-    there = state_of(body, roots={"inbox": root("inbox")}, ledger=ledger(Standing.ACTIVE))
+    known = replace(ledger(Standing.ACTIVE), roots=frozenset({"inbox"}))
+    there = state_of(body, roots={"inbox": root("inbox")}, ledger=known)
     pod = applied(reconcile_plugin(there))["Deployment"]["spec"]["template"]["spec"]
     mounts = {m["mountPath"]: m for c in pod["containers"] for m in c["volumeMounts"]}
     assert mounts["/sources/flow/inbox"]["readOnly"] is True
+
+
+def test_chosen_roots_are_in_the_ledger_before_the_version_is() -> None:
+    body = plugin_body(spec={"sourceRoots": ["inbox"]})
+    plan = reconcile_plugin(state_of(body, roots={"inbox": root("inbox")}))
+    assert [type(c) for c in plan.commands] == [ChooseRoots, Deploy]
+    known = replace(ledger(Standing.ACTIVE), roots=frozenset({"inbox"}))
+    assert reconcile_plugin(state_of(ledger=known)).commands == [ChooseRoots("flow/sales", ())]
 
 
 def test_sinks_of_the_object_go_into_the_ledger() -> None:

@@ -8,6 +8,7 @@ import duckdb
 
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import FileFacts, select_jobs
+from casparian_flow.db.plugin_roots import chosen_roots
 from casparian_flow.db.shapes import QUEUE
 from casparian_flow.domain.ids import JobId, ManifestId
 from casparian_flow.domain.jobs import JobStatus
@@ -43,7 +44,7 @@ class Wanted(NamedTuple):
     rehearsal: int | None = None
 
 
-def load_rule_set(connection: duckdb.DuckDBPyConnection, namespace: str) -> RuleSet:
+def load_rule_set(connection: duckdb.DuckDBPyConnection, namespace: str, root: str = "") -> RuleSet:
     """The routing rules and subscriptions of one namespace as they are now, compiled.
 
     A plugin whose first version is still to be tried has subscriptions: its jobs wait.
@@ -52,6 +53,7 @@ def load_rule_set(connection: duckdb.DuckDBPyConnection, namespace: str) -> Rule
 
     Args:
         namespace: that of the source root whose files are routed.
+        root: its name, for plugins that take the files of some roots only; "" leaves that open.
     """
     rules = connection.execute(
         "SELECT pattern, tag, priority FROM cf_routing_rule WHERE namespace = $1 "
@@ -70,15 +72,18 @@ def load_rule_set(connection: duckdb.DuckDBPyConnection, namespace: str) -> Rule
         """,
         [namespace],
     ).fetchall()
+    if root:
+        chosen = chosen_roots(connection)
+        subscribers = [row for row in subscribers if root in chosen.get(row[0], {root})]
     return _compiled(tuple(rules), tuple(subscribers))
 
 
 def rules_of_root(connection: duckdb.DuckDBPyConnection, root_id: int) -> RuleSet:
     """The rules by which the files of a source root are routed."""
     row = connection.execute(
-        "SELECT namespace FROM cf_source_root WHERE id = $1", [root_id]
+        "SELECT namespace, name FROM cf_source_root WHERE id = $1", [root_id]
     ).fetchone()
-    return load_rule_set(connection, row[0] if row else "")
+    return load_rule_set(connection, *(row or ("", "")))
 
 
 @lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ from casparian_flow.db.fanout import (
 )
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import sink_specs
+from casparian_flow.db.plugin_roots import chosen_roots
 from casparian_flow.db.queries import rows as select
 from casparian_flow.domain.contracts import parse_contract
 from casparian_flow.domain.errors import NotFoundError, UsageError
@@ -529,8 +530,9 @@ def _missing(
 def _versions_of(
     connection: Connection, plugin: str, manifest_id: int
 ) -> Sequence[tuple[int, int, str, int, bool, bool, int, int]]:
-    """Versions in active roots of its namespace; jobs of this plugin version that were not skipped
+    """Versions in active roots that it takes; jobs of this plugin version that were not skipped
     for lack of bytes count, and so do queued ones of an earlier one, which will run with this."""
+    chosen = chosen_roots(connection).get(plugin)
     return connection.execute(
         """
         SELECT v.id, l.id, l.rel_path, v.seq, l.current_version_id = v.id,
@@ -538,6 +540,7 @@ def _versions_of(
         FROM cf_file_version v
         JOIN cf_file_location l ON l.id = v.location_id
         JOIN cf_source_root r ON r.id = l.source_root_id AND r.active = 1 AND r.namespace = $3
+            AND ($4 OR r.name IN (SELECT unnest($5::VARCHAR[])))
         LEFT JOIN (
             SELECT file_version_id, count(*) FILTER (status <> 'SKIPPED') AS jobs,
                    max(generation) AS generation
@@ -548,5 +551,5 @@ def _versions_of(
         ) j ON j.file_version_id = v.id
         ORDER BY v.id
         """,
-        [plugin, manifest_id, namespace_of(plugin)],
+        [plugin, manifest_id, namespace_of(plugin), chosen is None, sorted(chosen or ())],
     ).fetchall()

@@ -210,6 +210,8 @@ class Controller:
                 control.resume_plugin(plugin)
             case p.SetTopic(plugin, topic, uri, contract):
                 control.set_topic(plugin, topic, uri=uri, schema_json=contract)
+            case p.ChooseRoots(plugin, roots):
+                control.choose_roots(plugin, roots)
             case p.AddSource(path, namespace, name, settle, include, ignore):
                 control.add_source(
                     path,

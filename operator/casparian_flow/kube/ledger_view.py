@@ -68,7 +68,12 @@ class LedgerLooks:
 
     def _take(self) -> Look:
         control, began = self._control(), self._clock.now().mono
-        plugins = views_of(control.list_plugins(), control.plugin_counts(), control.list_topics())
+        plugins = views_of(
+            control.list_plugins(),
+            control.plugin_counts(),
+            control.list_topics(),
+            control.plugin_roots(),
+        )
         sources = {row["name"]: _source(row) for row in control.list_sources() if row["name"]}
         requests = {r.approval_id: r for r in control.api.list_approvals(None, REQUESTS_MAX)}
         took = self._clock.now().mono - began
@@ -79,9 +84,13 @@ Row = Mapping[str, Any]
 
 
 def views_of(
-    versions: Sequence[Row], counts: Sequence[Row], topics: Sequence[Row]
+    versions: Sequence[Row],
+    counts: Sequence[Row],
+    topics: Sequence[Row],
+    roots: Mapping[str, frozenset[str]],
 ) -> dict[str, LedgerView]:
-    """Every plugin from the rows of `list_plugins`, `plugin_counts` and `list_topics`."""
+    """Every plugin from the answers of `list_plugins`, `plugin_counts`, `list_topics` and
+    `plugin_roots`."""
     found: dict[str, list[Row]] = {}
     for row in versions:
         found.setdefault(row["plugin_name"], []).append(row)
@@ -108,6 +117,7 @@ def views_of(
             rows[0]["pause_reason"] if rows[0]["paused"] else None,
             counted.get(plugin, {}),
             wired.get(plugin, {}),
+            roots.get(plugin, frozenset()),
         )
         for plugin, rows in found.items()
     }

@@ -136,6 +136,14 @@ class SetTopic:
 
 
 @dataclass(frozen=True, slots=True)
+class ChooseRoots:
+    """Give a plugin the files of these roots only; of all if there are none."""
+
+    plugin: str
+    roots: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AddSource:
     """Record a source root, or what has changed about it."""
 
@@ -160,7 +168,7 @@ class Reject:
     reason: str
 
 
-Command = Deploy | Rollback | Pause | Resume | SetTopic | AddSource | Approve | Reject
+Command = Deploy | Rollback | Pause | Resume | SetTopic | ChooseRoots | AddSource | Approve | Reject
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from casparian_flow.kube.manifests_provision import environments_claim, provisio
 from casparian_flow.kube.manifests_worker import WorkerSet, worker_objects
 from casparian_flow.kube.models import VERSIONS_MAX, CasparianPlugin, SourceRoot
 from casparian_flow.kube.plan import (
+    ChooseRoots,
     Command,
     Condition,
     Deploy,
@@ -105,12 +106,14 @@ class LedgerView:
         paused: why it is paused, None if it is not.
         counts: by artifact hash.
         topics: where the ledger sends them now.
+        roots: names of the source roots whose files it gets; empty for all of the namespace.
     """
 
     versions: Sequence[LedgerVersion] = ()
     paused: str | None = None
     counts: Mapping[str, Counts] = field(default_factory=dict)
     topics: Mapping[str, TopicWiring] = field(default_factory=dict)
+    roots: frozenset[str] = frozenset()
 
     def of(self, version: str) -> LedgerVersion | None:
         """The version of that number that counts: a refused one only if there is no other."""
@@ -337,8 +340,9 @@ def _commands(state: PluginState) -> list[Command]:
     if known is None or (
         known.standing is Standing.REJECTED and known.artifact_hash != found.artifact_hash
     ):
-        return [Deploy(found.bundle, state.namespace)]
-    commands: list[Command] = []
+        # Which files it gets is settled before there is anything to get them.
+        return [*_chosen_roots(state), Deploy(found.bundle, state.namespace)]
+    commands: list[Command] = _chosen_roots(state)
     if known.standing is Standing.SUPERSEDED:
         commands.append(Rollback(state.scoped, found.version))
     if known.standing is not Standing.REJECTED:
@@ -348,6 +352,13 @@ def _commands(state: PluginState) -> list[Command]:
     elif not state.plugin.spec.suspend and state.ledger.paused == SUSPENDED:
         commands.append(Resume(state.scoped))
     return commands
+
+
+def _chosen_roots(state: PluginState) -> list[Command]:
+    chosen = state.plugin.spec.source_roots
+    if state.ledger.roots == frozenset(chosen):
+        return []
+    return [ChooseRoots(state.scoped, tuple(sorted(chosen)))]
 
 
 def _topics(state: PluginState) -> list[Command]:

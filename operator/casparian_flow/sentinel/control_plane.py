@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -25,6 +25,7 @@ from casparian_flow import __version__
 from casparian_flow.db import (
     api_runs,
     inventory,
+    plugin_roots,
     queries,
     rejections,
     releases,
@@ -614,6 +615,16 @@ class ControlPlane:
                 ledger, plugin, topic, uri=uri, mode=mode, schema_json=schema_json
             )
         )
+
+    def plugin_roots(self) -> Mapping[str, frozenset[str]]:
+        """Names of the source roots whose files a plugin gets, where those are not all of its
+        namespace; by scoped plugin. For this process alone."""
+        with self._reader() as connection:
+            return plugin_roots.chosen_roots(connection)
+
+    def choose_roots(self, plugin: str, roots: Sequence[str]) -> None:
+        """Give a plugin the files of these roots, of all if there are none. Likewise."""
+        self._write(lambda ledger: plugin_roots.choose_roots(ledger, plugin, roots))
 
     def list_rules(self) -> list[Row]:
         with self._reader() as connection:
