@@ -216,6 +216,19 @@ def test_a_container_that_is_away_fails_a_job_for_now(pod: Pod, tmp_path: Path) 
     runtime.close()
 
 
+def test_a_worker_that_stops_waits_for_no_container(pod: Pod, bench: Bench) -> None:
+    pod.launcher.kill()
+    pod.launcher.wait()
+    wait_until(lambda: "away" in bench.runtime.problem())
+    host = bench.host(handler("pass"))
+    host.submit(RunRequest("k", input_file(bench.runtime, "x", b"")))
+    threading.Timer(0.3, bench.runtime.stop_waiting).start()
+    failed = host.next_event(45)
+    assert isinstance(failed, Failed)
+    assert (failed.reason, failed.transient) == (Reason.ENVIRONMENT, True)
+    host.stop()
+
+
 def test_plugins_end_with_their_worker_and_the_next_one_is_served(pod: Pod) -> None:
     pod.launch()
     for _ in range(2):

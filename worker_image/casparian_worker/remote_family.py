@@ -228,9 +228,13 @@ class PluginContainer:
             )
         return family
 
+    def stop_waiting(self) -> None:
+        """Give up on a container that is not there now."""
+        self._closing.set()
+
     def close(self) -> None:
         """End the line, and so every family."""
-        self._closing.set()
+        self.stop_waiting()
         connection = self._connection
         if connection is not None:
             connection.close()

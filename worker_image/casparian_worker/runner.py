@@ -58,6 +58,8 @@ class Runtime(Protocol):
 
     def problem(self) -> str: ...
 
+    def stop_waiting(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -143,6 +145,7 @@ class Runner:
     def close(self) -> None:
         """Stop all work and end every thread and process; waits for that."""
         self._ready.close()
+        self._runtime.stop_waiting()
         self._trials.close()
         for slot in self._slots:
             slot.close()

@@ -185,6 +185,11 @@ class PluginRuntime:
         """Why no plugin could be started now; "" if nothing is known against it."""
         return self._container.problem() if self._container is not None else ""
 
+    def stop_waiting(self) -> None:
+        """Have whatever waits for another container fail soon, since the end is near."""
+        if self._container is not None:
+            self._container.stop_waiting()
+
     def close(self) -> None:
         """Remove the scratch folder. Hosts must have been stopped."""
         self._environments.close()
