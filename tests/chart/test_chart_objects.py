@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from chart_kit import (
     find,
     pod_templates,
     rendered,
+    run_helm,
 )
 from cryptography import x509
 from kube_kit import ApiServer
@@ -275,3 +277,46 @@ def test_backups_and_tests_have_no_rights_at_all(rights: ApiServer) -> None:
 def test_no_role_has_a_wildcard() -> None:
     for item in rendered("everything"):
         assert "*" not in json.dumps(item.get("rules", [])), item["metadata"]["name"]
+
+
+# -- what docs/install-kubernetes.md shows ----------------------------------------------------
+
+
+def _blocks(language: str) -> list[str]:
+    text = (ROOT / "docs" / "install-kubernetes.md").read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_values_shown_are_taken(tmp_path: Path) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text(_blocks("yaml")[0])
+    shown = run_helm("template", "casparian", CHART, "--values", values).stdout
+    assert "kind: PodMonitor" in shown
+
+
+def test_the_pod_that_restores_is_allowed_and_names_what_is_there(api: ApiServer) -> None:
+    pod = yaml.safe_load(_blocks("yaml")[1])
+    pod["metadata"]["namespace"] = NAMESPACE
+    api.client.create(pod, dry_run=True)
+    objects = rendered("everything")
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert find(objects, "ConfigMap", volumes["settings"]["configMap"]["name"])
+    claims = [volumes[name]["persistentVolumeClaim"]["claimName"] for name in ("ledger", "backups")]
+    (template,) = find(objects, "StatefulSet")["spec"]["volumeClaimTemplates"]
+    assert claims[0] == f"{template['metadata']['name']}-casparian-operator-0"
+    assert find(objects, "PersistentVolumeClaim", claims[1])
+
+
+def test_what_an_administrator_installs_apart_is_what_is_left_out(api: ApiServer) -> None:
+    text = next(block for block in _blocks("sh") if "--api-versions" in block)
+    templates = set(re.findall(r"-s (\S+)", text)) | {
+        f"templates/{folder}/{path.name}"
+        for folder in ("operator", "uninstall")
+        for path in (CHART / "templates" / folder).glob("role*.yaml")
+    }
+    sets = tuple(part for part in re.findall(r"(\S+=false)(?=[,\s])", text.replace(",", " ") + " "))
+    assert len(sets) == 4
+    left_out = {item["_template"] for item in rendered()} - {
+        item["_template"] for item in rendered(sets=sets)
+    }
+    assert left_out == templates | {"templates/crds/crds.yaml"}
