@@ -131,6 +131,26 @@ def test_another_worker_s_routing_id_brings_nothing_of_it(cluster: Cluster) -> N
     assert second.gets_nothing(m.Dispatch | m.Plugin | m.Grant | m.Abort)
 
 
+def test_keys_of_others_and_routing_ids_that_can_be_guessed_do_no_work(cluster: Cluster) -> None:
+    scout = cluster.worker("scout", cluster.admit(Principal("scout", "team", "s", root="team/in")))
+    scout.send(scout.me)
+    assert scout.expect(m.Err).code == "refused"
+    keys = cluster.admit(worker_of("alpha"))
+    short = cluster.worker("short", keys, token="sa-alpha", identity=b"w" + b"1" * 15)
+    short.send(short.me)
+    until(lambda: cluster.counted("messages_foreign") >= 1)
+    assert short.gets_nothing(object, 0.1)
+    alpha = cluster.worker("alpha", keys, token="sa-alpha")
+    alpha.send_raw(b"nonsense")
+    assert alpha.gets_nothing(object, 0.1)
+    alpha.identify()
+    alpha.send_raw(b"nonsense")
+    assert alpha.expect(m.Err).code == "malformed"
+    alpha.send(m.Deploy(b""))
+    assert alpha.expect(m.Err).code == "refused"
+    assert cluster.sentinel.control.list_plugins()[0]["plugin_name"] == "alpha"
+
+
 def test_a_wrong_token_is_refused_and_a_right_one_is_taken(cluster: Cluster) -> None:
     keys = cluster.admit(worker_of("alpha"))
     cluster.admit(worker_of("beta"))

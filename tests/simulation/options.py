@@ -47,6 +47,9 @@ class Options:
     pause_plugin: float
     change_source: float
     replay: float
+    # people and keys
+    bound: bool = False
+    """Each worker is bound to one plugin version, as those of other machines are."""
 
     def without(self, name: str) -> "Options":
         """The same run with one fault taken out."""
@@ -65,7 +68,7 @@ class Options:
 
 
 NOT_FAULTS = frozenset(
-    {"seed", "jobs", "workers", "slots", "credit", "fault_seconds", "commit_seconds"}
+    {"seed", "jobs", "workers", "slots", "credit", "fault_seconds", "commit_seconds", "bound"}
 )
 FAULTS = tuple(f.name for f in fields(Options) if f.name not in NOT_FAULTS)
 
@@ -101,7 +104,7 @@ def draw(seed: int) -> Options:
         "replay": maybe(0.2),
     }
     slots = rng.choice((1, 1, 2, 4))
-    return Options(
+    options = Options(
         seed=seed,
         jobs=rng.choice((1, 2, 5, 10, 20, 40)),
         workers=rng.choice((1, 2, 3, 5)),
@@ -111,3 +114,7 @@ def draw(seed: int) -> Options:
         commit_seconds=rng.choice((0.0005, 0.005, 0.2)),
         **values,
     )
+    if rng.random() < 0.25:
+        # Each plugin needs a worker of its own then.
+        options = replace(options, bound=True, workers=max(2, options.workers))
+    return options

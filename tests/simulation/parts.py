@@ -197,7 +197,8 @@ class SimSentinel(Process):
     def _receive(self, source: object, message: object) -> None:
         assert isinstance(source, bytes)
         job_id, body = message  # type: ignore[misc]
-        self.feed(e.WorkerMessage(Identity(source), job_id, body))
+        binding = self.world.bindings.get(source)
+        self.feed(e.WorkerMessage(Identity(source), job_id, body, binding))
 
     def _tick(self) -> None:
         self.feed(e.Tick())
@@ -273,6 +274,9 @@ class SimWorker(Process):
         self._disk = disk
         self._make_state = make_state
         self._tasks: dict[str, Task] = {}
+        self.binding: Callable[[], tuple[str, str]] | None = None
+        """What a new process is bound to; None if it is believed what it says."""
+        self._connections = 0
 
     def start(self, identity: bytes | None = None) -> None:
         options = self.world.options
@@ -291,6 +295,8 @@ class SimWorker(Process):
         self.state = self._make_state(config)
         self._tasks = {}
         self._network.attach(self.identity, self, self._receive)
+        if self.binding is not None:
+            self.world.bindings[self.identity] = self.binding()
         self.world.log(f"{self.name}: starts as {self.identity.decode()}")
         self._tick()
 
@@ -298,6 +304,18 @@ class SimWorker(Process):
         self.world.log(f"{self.name}: killed")
         self._network.detach(self)
         super().kill()
+
+    def _reconnect(self) -> None:
+        """The same process under a new routing id, as CURVE wants it."""
+        binding = self.world.bindings.get(self.identity)
+        if binding is None:
+            return
+        self._connections += 1
+        self._network.detach(self)
+        self.identity = Identity(f"{self.name}.{self.generation}c{self._connections}".encode())
+        self.world.bindings[self.identity] = binding
+        self._network.attach(self.identity, self, self._receive)
+        self.world.log(f"{self.name}: connects as {self.identity.decode()}")
 
     def _receive(self, _source: object, message: object) -> None:
         job_id, body = message  # type: ignore[misc]
@@ -336,6 +354,8 @@ class SimWorker(Process):
                 self._later(0.002, lambda: self._publish(token, entries, 0))
             case w.DeleteStages(token):
                 self._later(0.002, lambda: self._delete_stages(token))
+            case w.Reconnect():
+                self._reconnect()
             case w.ListStages():
                 tokens = sorted({token for token, _ in self.store.stages})
                 self._later(0.01, lambda: self._feed(w.StageListing(tokens)))

@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from simulation.ledger import SimLedger
@@ -88,6 +89,9 @@ class Run:
         self.twin = parts.simulated_worker(
             self.world, "twin", self.network, self.store, self.disk, parts.worker
         )
+        if options.bound:
+            for number, worker in enumerate(self.workers):
+                worker.binding = partial(self._version_of, PLUGINS[number % len(PLUGINS)])
         self.world.statuses = lambda: {str(s) for s in self.ledger.statuses().values()}
         self._pending_scans = 0
         self._next_version = 0
@@ -243,7 +247,20 @@ class Run:
         if job_id is not None and self.sentinel.alive:
             self.sentinel.feed(e.Cancel(("cancel", job_id), job_id))  # type: ignore[arg-type]
 
+    def _version_of(self, plugin: str) -> tuple[str, str]:
+        return plugin, self.ledger.spec(plugin).artifact_hash
+
+    def _roll_over(self) -> None:
+        """Replace every worker that is bound to a version of before."""
+        for worker in self.workers:
+            bound = self.world.bindings.get(worker.identity)
+            if bound is not None and bound != self._version_of(bound[0]) and worker.alive:
+                worker.kill()
+                self.world.after(self.rng.uniform(0.01, 10.0), partial(self._ensure, worker))
+
     def _redeploy(self) -> None:
+        if self.options.bound:
+            self.world.after(self.rng.uniform(0.1, 20.0), self._roll_over)
         old = self.ledger.spec(self.rng.choice(PLUGINS))
         self._in_ledger(
             lambda ledger: ledger.deploy(_spec(old.plugin, old.manifest_id + len(PLUGINS))),
@@ -387,6 +404,7 @@ class Run:
             if worker.paused:
                 worker.resume()
             self._ensure(worker)
+        self._roll_over()
         self._ensure_sentinel()
         world.after(15.0, lambda: [self._resume_plugin(plugin) for plugin in PLUGINS])
 
@@ -394,6 +412,7 @@ class Run:
         limit = self.world.time + CONVERGE_SECONDS
         while self.world.time < limit:
             self.world.run(self.world.time + 5.0)
+            self._roll_over()
             if not self._pending_scans and all(
                 s in TERMINAL for s in self.ledger.statuses().values()
             ):

@@ -30,6 +30,8 @@ class World:
         self.met: Counter[tuple[str, str]] = Counter()
         """(fault, job status) → how often the fault struck while a job was in that status."""
         self.statuses: Callable[[], set[str]] = set
+        self.bindings: dict[object, tuple[str, str]] = {}
+        """Routing id → plugin version that it is bound to, in runs where workers are."""
         self._heap: list[tuple[float, int, Process | None, int, Callable[[], None]]] = []
         self._sequence = 0
 

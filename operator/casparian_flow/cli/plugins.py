@@ -301,19 +301,26 @@ def rules_list(app: App) -> None:
 @click.option(
     "--priority", type=int, default=50, show_default=True, help="Of the jobs it leads to."
 )
+@click.option("--namespace", default="", help="Of the source roots whose files it matches.")
 @output_option
 @pass_app
-def rules_add(app: App, pattern: str, tag: str, priority: int) -> None:
+def rules_add(app: App, pattern: str, tag: str, priority: int, namespace: str) -> None:
     """Give files that match PATTERN (as in .gitignore) the tag TAG.
 
     \b
     Example:
       casparian rules add 'sales/**/*.csv' csv
     """
-    new = app.control.add_rule(pattern, tag, priority=priority)
+    new = app.control.add_rule(pattern, tag, priority=priority, namespace=namespace)
     show_data(
         app,
-        {"id": new, "pattern": pattern, "tag": tag, "priority": priority},
+        {
+            "id": new,
+            "pattern": pattern,
+            "tag": tag,
+            "priority": priority,
+            "namespace": namespace,
+        },
         f"rule {new}: files like {pattern} are tagged {tag}",
     )
 

@@ -1040,6 +1040,10 @@ class Broker:
             require(
                 worker is None or job_id in worker.held, f"job {job_id} is not held by its owner"
             )
+            require(
+                worker is None or worker.publishes(job.plugin),
+                f"job {job_id} is held by a worker of another plugin",
+            )
         for job_id, job in self.jobs.items():
             live = job.status in LEASED or job.status is JobStatus.STAGED
             require(
