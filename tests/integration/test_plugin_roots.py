@@ -37,6 +37,10 @@ def test_a_plugin_gets_the_files_of_its_chosen_roots_by_scan_and_by_backfill(
         assert jobs == [("a/all", one), ("a/all", two), ("a/few", one)]
         assert control.backfill("a/few", execute=False)["jobs"] == 0
 
+        counted = [(c["versions"], c["queued"]) for c in control.source_counts()]
+        assert counted == [(1, 2), (1, 1)]
+        assert all(c["last_scan_seconds"] is not None for c in control.source_counts())
+
         control.choose_roots("a/few", [])
         assert control.backfill("a/few", execute=False)["jobs"] == 1
         control.choose_roots("a/few", ["three"])

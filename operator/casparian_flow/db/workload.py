@@ -51,3 +51,33 @@ _WORKLOAD = """
     WHERE v.status <> 'SUPERSEDED' OR u.jobs > 0
     ORDER BY v.plugin_name, v.id
 """
+
+
+def workload_of_roots(connection: duckdb.DuckDBPyConnection) -> list[Row]:
+    """{root_id, versions, queued, last_scan_seconds} of every source root: file versions known,
+    jobs that wait for one of its files, and how long its last scan took, None without one."""
+    return rows(connection, _ROOTS)
+
+
+_ROOTS = """
+    WITH versions AS (
+        SELECT l.source_root_id AS root, count(*) AS n
+        FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id GROUP BY 1
+    ), waiting AS (
+        SELECT l.source_root_id AS root, count(*) AS n
+        FROM cf_processing_queue q
+        JOIN cf_file_version v ON v.id = q.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        WHERE q.status = 'QUEUED' GROUP BY 1
+    ), scans AS (
+        SELECT source_root_id AS root, epoch(max_by(finished_at - started_at, id)) AS seconds
+        FROM cf_scan WHERE finished_at IS NOT NULL GROUP BY 1
+    )
+    SELECT r.id AS root_id, coalesce(v.n, 0) AS versions, coalesce(w.n, 0) AS queued,
+           s.seconds AS last_scan_seconds
+    FROM cf_source_root r
+    LEFT JOIN versions v ON v.root = r.id
+    LEFT JOIN waiting w ON w.root = r.id
+    LEFT JOIN scans s ON s.root = r.id
+    ORDER BY r.id
+"""

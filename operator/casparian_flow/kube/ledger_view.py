@@ -74,7 +74,12 @@ class LedgerLooks:
             control.list_topics(),
             control.plugin_roots(),
         )
-        sources = {row["name"]: _source(row) for row in control.list_sources() if row["name"]}
+        counts = {row["root_id"]: row for row in control.source_counts()}
+        sources = {
+            row["name"]: _source({**row, **counts.get(row["id"], {})})
+            for row in control.list_sources()
+            if row["name"]
+        }
         requests = {r.approval_id: r for r in control.api.list_approvals(None, REQUESTS_MAX)}
         took = self._clock.now().mono - began
         return Look(plugins, sources, requests, began, took)

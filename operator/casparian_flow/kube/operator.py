@@ -148,7 +148,7 @@ class Operator:
         self.health: HealthServer | None = None
         self._stopping = threading.Event()
         self._synced = threading.Event()
-        self._exit = 0
+        self.exit_code = 0
         self._sentinel: Sentinel | None = None
         self._sentinel_error: BaseException | None = None
         self._keys = KeyRing.open(config.curve)
@@ -221,6 +221,10 @@ class Operator:
         """End `run`; from anywhere."""
         self._stopping.set()
 
+    def stopped(self) -> bool:
+        """Whether it is ending, or has ended."""
+        return self._stopping.is_set()
+
     def run(self) -> int:
         """Serve; returns the exit code.
 
@@ -239,7 +243,7 @@ class Operator:
             self._stopping.wait()
         if self._sentinel_error is not None:
             raise self._sentinel_error
-        return self._exit
+        return self.exit_code
 
     def _start_sentinel(self, stack: ExitStack) -> None:
         self._keys.write_server(self.config.curve)
@@ -294,7 +298,7 @@ class Operator:
     def _lost(self, why: str) -> None:
         """Another is the operator. Nothing more may be written, so this ends at once."""
         log.critical("%s: this one ends", why)
-        self._exit = EXIT_LOST
+        self.exit_code = EXIT_LOST
         if self._sentinel is not None:
             # Twice: it does not wait for jobs that run.
             self._sentinel.stop()

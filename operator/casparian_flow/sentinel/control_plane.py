@@ -39,7 +39,7 @@ from casparian_flow.db.journal import Folded
 from casparian_flow.db.ledger import Ledger
 from casparian_flow.db.loading import load_counts
 from casparian_flow.db.snapshot import remove as remove_snapshot
-from casparian_flow.db.workload import workload
+from casparian_flow.db.workload import workload, workload_of_roots
 from casparian_flow.domain.clock import Clock, Now, utc
 from casparian_flow.domain.errors import (
     ConflictError,
@@ -615,6 +615,12 @@ class ControlPlane:
                 ledger, plugin, topic, uri=uri, mode=mode, schema_json=schema_json
             )
         )
+
+    def source_counts(self) -> list[Row]:
+        """{root_id, versions, queued, last_scan_seconds} of every source root. For this process
+        alone."""
+        with self._reader() as connection:
+            return workload_of_roots(connection)
 
     def plugin_roots(self) -> Mapping[str, frozenset[str]]:
         """Names of the source roots whose files a plugin gets, where those are not all of its
