@@ -46,8 +46,7 @@ def test_settings_are_laid_over_what_publish_has_written(
         "publish", plugin, "--name", "stock-prices", "--version", "1.0.0",
         "--emit-manifest", str(folder / "plugin.yaml"), code=0,
     )  # fmt: skip
-    for _ in range(2):
-        api.client.kubectl("apply", "-n", space, "-k", str(folder))
+    api.client.kubectl("apply", "-n", space, "-k", str(folder))
     found = plugin_of(api.client.get(API_VERSION, "CasparianPlugin", "stock-prices", space))
     (settings,) = yaml.safe_load_all((folder / "settings.yaml").read_text("utf-8"))
     assert found.spec.sinks[0].uri == settings["spec"]["sinks"][0]["uri"]
@@ -62,8 +61,7 @@ def test_a_plugin_with_a_lock_file_of_400_kb_is_applied_by_kubectl_and_comes_bac
     bundle = signed("class Handler: pass\n", "sales", lockfile=lock)
     emitted = objects_for(bundle)
     assert not emitted.server_side
-    for _ in range(2):
-        api.client.kubectl("apply", "-n", space, "-f", "-", stdin=to_yaml(emitted.objects))
+    api.client.kubectl("apply", "-n", space, "-f", "-", stdin=to_yaml(emitted.objects))
     source = plugin_of(api.client.get(API_VERSION, "CasparianPlugin", "sales", space)).spec.source
     assert source.config_map is not None
     holder = api.client.get("v1", "ConfigMap", source.config_map.name, space)

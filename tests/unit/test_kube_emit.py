@@ -56,11 +56,10 @@ def test_equal_bundles_give_equal_files_and_other_bytes_another_config_map() -> 
     def written(source: str) -> str:
         return to_yaml(objects_for(make_bundle("sales", "1.0.0", source, LOCK)).objects)
 
-    assert written(SOURCE) == written(SOURCE)
-    names = [
-        next(yaml.safe_load_all(written(s)))["metadata"]["name"] for s in (SOURCE, SOURCE + "#")
-    ]
-    assert names[0] != names[1]
+    first = written(SOURCE)
+    assert first == written(SOURCE)
+    config_maps = [next(yaml.safe_load_all(t)) for t in (first, written(SOURCE + "#"))]
+    assert config_maps[0]["metadata"]["name"] != config_maps[1]["metadata"]["name"]
 
 
 def test_plugins_whose_names_look_alike_get_objects_of_their_own() -> None:
