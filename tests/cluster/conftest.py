@@ -27,7 +27,15 @@ NAME = os.environ.get("CASPARIAN_TEST_CLUSTER", kind.DEFAULT_NAME)
 _CLUSTER = pytest.StashKey[kind.Cluster]()
 _OURS = pytest.StashKey[bool]()
 _FAILURE = pytest.StashKey[str]()
+# Nodes that are missed and images that are loaded take their time, more so on a busy machine.
+TEST_S = 600
 _numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_S))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

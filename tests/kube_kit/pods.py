@@ -53,7 +53,8 @@ def restricted_pod(
             {"name": claim, "persistentVolumeClaim": {"claimName": claim}}
             for claim in mounts.values()
         ],
-        "tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}],
+        # On the control plane's node too, and not moved away from a node that is lost.
+        "tolerations": [{"operator": "Exists"}],
     }
     if node is not None:
         # Not by nodeName, which would pass over the scheduler, and with it the binding of volumes.

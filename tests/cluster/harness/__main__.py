@@ -38,6 +38,8 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     elif arguments.command == "load":
         _found(arguments.name).load_image(*arguments.tags)
     else:
+        for name in ("kind", "kubectl", "helm"):
+            daemon.add_command(name, tool(name))
         for name, value in daemon.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         print(f"export KUBECONFIG={shlex.quote(str(_found(arguments.name).kubeconfig))}")

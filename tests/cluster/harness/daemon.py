@@ -28,6 +28,7 @@ RUNTIME = Path(__file__).parent / "runtime.py"
 START_S = 60.0
 STOP_S = 60.0
 _PID = RUN / "pid"
+_COMMANDS = RUN / "bin"
 _BEFORE = RUN / "before.json"
 _SOCKET = RUN / "docker.sock"
 _LOG = ROOT / "logs" / "dockerd.log"
@@ -51,20 +52,25 @@ def is_own() -> bool:
 
 def environment() -> dict[str, str]:
     """What docker and kind need in their environment to talk to the daemon."""
-    commands = RUN / "bin"
-    commands.mkdir(parents=True, exist_ok=True)
-    link = commands / "docker"
-    if not link.exists():
-        link.unlink(missing_ok=True)
-        link.symlink_to(machine.docker_client())
+    if not (_COMMANDS / "docker").exists():
+        add_command("docker", machine.docker_client())
     own = {
-        "PATH": f"{commands}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+        "PATH": f"{_COMMANDS}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
         "DOCKER_BUILDKIT": "1",
     }
     if is_own():
         # Nobody's credential helpers: nothing is pulled.
         own |= {"DOCKER_HOST": f"unix://{_SOCKET}", "DOCKER_CONFIG": str(RUN / "docker-config")}
     return own
+
+
+def add_command(name: str, program: Path) -> None:
+    """Have a name on that PATH mean this program."""
+    _COMMANDS.mkdir(parents=True, exist_ok=True)
+    # Put in place in one step: others may be looking at it.
+    link = _COMMANDS / f".{name}-{os.getpid()}"
+    link.symlink_to(program)
+    link.replace(_COMMANDS / name)
 
 
 def ensure() -> None:

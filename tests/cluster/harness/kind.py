@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -177,18 +177,37 @@ def up(name: str = DEFAULT_NAME) -> Cluster:
 
 
 def find(name: str = DEFAULT_NAME) -> Cluster | None:
-    """The cluster of that name, if it is up."""
+    """The cluster of that name, if it is up.
+
+    Raises:
+        HarnessError: its nodes run but it does not answer.
+    """
     state = _STATE / name / "state.json"
     if not state.exists():
         return None
     cluster = Cluster(name, state.parent, bool(json.loads(state.read_text())["own_image"]))
+    if _are_running(cluster.nodes):
+        # An answer may take a while on a machine that is busy.
+        _await(lambda: _answers(cluster), f"an answer of the cluster {name}")
+        return cluster
+    say(f"nodes of the cluster {name} are gone: what is left of it is removed")
+    _delete(cluster)
+    return None
+
+
+def _are_running(nodes: Iterable[str]) -> bool:
+    """Frozen ones count too."""
+    if not daemon.is_own() and not machine.docker_answers():
+        return False
+    return set(nodes) <= set(daemon.docker("ps", "--format", "{{.Names}}").split())
+
+
+def _answers(cluster: Cluster) -> bool:
     try:
         cluster.client.request("GET", "/readyz")
     except (OSError, ApiError):
-        say(f"the cluster {name} is there but does not answer: it is made anew")
-        _delete(cluster)
-        return None
-    return cluster
+        return False
+    return True
 
 
 def down(name: str = DEFAULT_NAME) -> None:
