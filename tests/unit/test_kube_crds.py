@@ -93,6 +93,14 @@ def test_every_condition_and_reason_is_told_in_the_document() -> None:
             assert f"| `{word}` | " in told, (enum, word)
 
 
+def test_every_reason_is_given_by_some_part_of_the_operator() -> None:
+    folder = REPOSITORY / "operator" / "casparian_flow" / "kube"
+    parts = "".join(p.read_text("utf-8") for p in folder.glob("*.py") if p.stem != "crds")
+    enums = [e for e in vars(reasons).values() if isinstance(e, type) and issubclass(e, StrEnum)]
+    given = {f"{e.__name__}.{m.name}" for e in enums if e is not StrEnum for m in e}
+    assert {name for name in given if name not in parts} == set()
+
+
 def test_a_contract_in_an_object_is_one_that_workers_read() -> None:
     given = {
         "topic": "sales",

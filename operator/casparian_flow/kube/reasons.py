@@ -101,10 +101,6 @@ class DeployedReason(StrEnum):
     """A sink writes files, and `workers.outputs` names no volume to keep them."""
     SOURCE_ROOT_MISSING = "SourceRootMissing"
     """A name in `sourceRoots` belongs to no SourceRoot of the namespace."""
-    VOLUME_CONFLICT = "VolumeConflict"
-    """The volumes to be mounted cannot all be had on one node."""
-    SPEC_REFUSED = "SpecRefused"
-    """The API server took the object, but no Deployment can be made from it."""
     WAITING = "Waiting"
     """For Verified or Provisioned."""
 
@@ -128,14 +124,10 @@ class ReadyReason(StrEnum):
     """The plugin is paused in the ledger; the message says why, and how to resume it."""
     VOLUME_MISSING = "VolumeMissing"
     """The claim is not there."""
-    VOLUME_PENDING = "VolumePending"
-    """The claim is not bound yet."""
     VOLUME_ON_TWO_NODES = "VolumeOnTwoNodes"
     """A ReadWriteOnce claim is wanted on two nodes; the message names who holds it where."""
     PINNED = "Pinned"
     """Ready, with pods held to the one node where a ReadWriteOnce claim is mounted."""
-    SCHEDULE_REFUSED = "ScheduleRefused"
-    """The CronJob could not be made from `spec.schedule`."""
 
 
 class ScannedReason(StrEnum):
@@ -184,22 +176,12 @@ class StartedReason(StrEnum):
 class EventReason(StrEnum):
     """Reasons of Events that tell of no condition."""
 
-    CREATED = "Created"
-    """An object of ours was made."""
     REPAIRED = "Repaired"
     """An object of ours had been deleted or edited, and was put right."""
-    REMOVED = "Removed"
-    """An object that is not needed any more was deleted."""
-    ROLLED_BACK = "RolledBack"
-    """An earlier version became the active one again."""
-    SCALED = "Scaled"
-    """The queue asked for another number of workers."""
     SCAN_REQUESTED = "ScanRequested"
     """The annotation `casparian.io/scan` asked for a scan at once."""
     LEDGER_REFUSED = "LedgerRefused"
     """The ledger did not take what the object asks for; the message says why. It is asked again."""
-    RETIRED = "Retired"
-    """Plugin or source root was taken out of the ledger's wiring, since its object is gone."""
 
 
 PLUGIN_CONDITIONS: Final = (
