@@ -32,6 +32,7 @@ class Site:
         settings_toml: the settings file of every pod.
         server_key: content of the file with the Sentinel's public CURVE key.
         job_timeout_s: longest that a job may run; pods that end are given that time.
+        log_level, log_format: as in [logging].
         storage_class: of volumes for environments that many nodes mount; "" for none, so that
             each pod makes its own.
         worker_resources: of plugin containers whose object names none.

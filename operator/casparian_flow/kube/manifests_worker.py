@@ -248,7 +248,6 @@ def _worker_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
         *_source_mounts(workers),
         _outputs_mount(workers),
     ]
-    probe = {"httpGet": {"path": "/healthz", "port": common.WORKER_METRICS_PORT}}
     return common.container(
         site,
         "worker",
@@ -257,9 +256,18 @@ def _worker_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
         env=_environment(workers),
         ports=[{"name": "metrics", "containerPort": common.WORKER_METRICS_PORT, "protocol": "TCP"}],
         resources=WORKER_RESOURCES,
-        readinessProbe={**probe, "periodSeconds": 2, "failureThreshold": 3},
-        livenessProbe={**probe, "periodSeconds": 20, "timeoutSeconds": 5, "failureThreshold": 6},
+        readinessProbe=_probe("/readyz", period_s=2, failures=3),
+        livenessProbe=_probe("/healthz", period_s=20, failures=6),
     )
+
+
+def _probe(path: str, *, period_s: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": common.WORKER_METRICS_PORT},
+        "periodSeconds": period_s,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
 
 
 def _environment(workers: WorkerSet) -> list[dict[str, Any]]:
