@@ -136,7 +136,7 @@ def test_limits_are_kept_where_the_processes_are(pod: Pod, bench: Bench) -> None
     failed = bench.run(handler(body), pids=20).failed
     assert failed.reason is Reason.SANDBOX
     assert "limit of 20 processes and threads" in failed.message
-    wait_until(lambda: not pod.families() and not pod.left())
+    wait_until(lambda: not pod.families() and not pod.left(), 30)
 
 
 def test_all_plugins_together_stay_below_the_containers_memory(pod: Pod, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_a_plugin_leaves_behind_there_ends_with_its_job(pod: Pod, bench: Be
     host = bench.host(handler(body))
     path = input_file(bench.runtime, "x", b"")
     assert collect(host.run(RunRequest("k", path)))["k"].rows() == [{"a": 1}]
-    wait_until(lambda: not pod.families() and not pod.left())
+    wait_until(lambda: not pod.families() and not pod.left(), 30)
     host.stop()
 
 
@@ -192,7 +192,7 @@ def test_a_container_that_ends_fails_its_jobs_for_now_and_serves_again_when_it_i
     assert isinstance(failed, Failed)
     assert (failed.key, failed.reason, failed.transient) == ("long", Reason.CRASHED, True)
     assert "container ended" in failed.message
-    wait_until(lambda: not any(p.is_running() for p in families))
+    wait_until(lambda: not any(p.is_running() for p in families), 30)
     again = threading.Timer(0.5, pod.launch)
     again.start()
     assert isinstance(host.next_event(60), Started)
@@ -209,7 +209,7 @@ def test_a_container_that_is_away_fails_a_job_for_now(pod: Pod, tmp_path: Path) 
     container._patience_s = 0.3
     pod.launcher.kill()
     pod.launcher.wait()
-    wait_until(lambda: "away" in runtime.problem())
+    wait_until(lambda: "away" in runtime.problem(), 30)
     failed = Bench(runtime, tmp_path).run(handler("pass")).failed
     assert (failed.reason, failed.transient) == (Reason.ENVIRONMENT, True)
     assert "plugin container is not there" in failed.message
@@ -219,7 +219,7 @@ def test_a_container_that_is_away_fails_a_job_for_now(pod: Pod, tmp_path: Path) 
 def test_a_worker_that_stops_waits_for_no_container(pod: Pod, bench: Bench) -> None:
     pod.launcher.kill()
     pod.launcher.wait()
-    wait_until(lambda: "away" in bench.runtime.problem())
+    wait_until(lambda: "away" in bench.runtime.problem(), 30)
     host = bench.host(handler("pass"))
     host.submit(RunRequest("k", input_file(bench.runtime, "x", b"")))
     threading.Timer(0.3, bench.runtime.stop_waiting).start()
@@ -239,7 +239,7 @@ def test_plugins_end_with_their_worker_and_the_next_one_is_served(pod: Pod) -> N
         assert isinstance(host.next_event(60), Started)
         assert pod.families()
         runtime._container.close()  # type: ignore[union-attr]
-        wait_until(lambda: not pod.families() and not pod.left())
+        wait_until(lambda: not pod.families() and not pod.left(), 30)
         host.stop()
         runtime.close()
     assert pod.log().count("the worker is connected") == 2
@@ -253,13 +253,13 @@ def test_asked_to_stop_the_launcher_serves_its_worker_to_the_end(pod: Pod, bench
     host.stop()
     assert pod.launcher.poll() is None
     bench.runtime.close()
-    assert pod.launcher.wait(10) == 0
+    assert pod.launcher.wait(30) == 0
     assert not Path(pod.socket).exists()
 
 
 def test_only_the_workers_user_is_let_in(pod: Pod) -> None:
     pod.launch(peer=60_999)
-    wait_until(lambda: Path(pod.socket).exists())
+    wait_until(lambda: Path(pod.socket).exists(), 30)
     with pytest.raises(LaunchError, match=f"admits no worker of user {os.geteuid()}") as caught:
         pod.container(patience_s=0.1).hello()
     assert caught.value.transient is True
@@ -319,7 +319,7 @@ def test_the_launcher_refuses_what_is_not_its_own_to_run(pod: Pod) -> None:
     def asked(**changes: object) -> str:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(10)
-            wait_until(lambda: sock.connect_ex(pod.socket) == 0)
+            wait_until(lambda: sock.connect_ex(pod.socket) == 0, 30)
             if launch_line.receive(sock) is None:
                 return "busy"
             lines = [os.open("/dev/null", os.O_RDWR) for _ in range(4)]
@@ -340,7 +340,7 @@ def test_the_launcher_refuses_what_is_not_its_own_to_run(pod: Pod) -> None:
             told[0] = asked(**changes)
             return told[0] != "busy"
 
-        wait_until(tried)
+        wait_until(tried, 30)
         return told[0]
 
     inside = f"{hello.scratch}/x"
@@ -356,7 +356,7 @@ def test_the_launcher_refuses_what_is_not_its_own_to_run(pod: Pod) -> None:
 )
 def test_a_broken_packet_cuts_the_workers_line_and_no_more(pod: Pod, packet: bytes) -> None:
     pod.launch()
-    wait_until(lambda: Path(pod.socket).exists())
+    wait_until(lambda: Path(pod.socket).exists(), 30)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)
         sock.connect(pod.socket)
@@ -384,6 +384,6 @@ def test_a_launcher_that_breaks_the_grammar_loses_its_families(pod: Pod) -> None
         family = remote_family.RemoteFamily(0, connection, verdicts.append)
         connection._families[0] = family
         theirs.send(launch_line.pack(lie))  # type: ignore[arg-type]
-        assert family.wait(10)
+        assert family.wait(30)
         assert [v.reason for v in verdicts] == [Reason.CRASHED]  # type: ignore[attr-defined]
         theirs.close()

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 """For the container to start, or to be started again."""
-ANSWER_S = 10.0
+ANSWER_S = 30.0
 LOOK_S = 1.0
 GRACE_S = 3.0
 _RETRY_S = 0.2
