@@ -650,6 +650,7 @@ class ControlPlane:
 
     def snapshot(self) -> str:
         folder = self._snapshot_folder()
+        self.remove_old_snapshots()
         return str(self._write(lambda ledger: ledger.snapshot(folder)))
 
     def snapshot_part(self, name: str, offset: int) -> bytes:
@@ -682,7 +683,7 @@ class ControlPlane:
         return private_folder(snapshot_folder(self._database))
 
     def remove_old_snapshots(self) -> None:
-        """Delete what callers that died have left; for use at start."""
+        """Delete what callers that died have left."""
         if self._database == IN_MEMORY:
             return
         oldest = self._now_us() / 1e6 - SNAPSHOT_AGE_S
