@@ -21,15 +21,11 @@ SOURCE_KIND: Final = "SourceRoot"
 SOURCES: Final = "sourceroots"
 APPROVAL_KIND: Final = "Approval"
 APPROVALS: Final = "approvals"
-APPROVE_VERB: Final = "approve"
-"""The custom verb on approvals that a decision needs."""
 
 FIELD_MANAGER: Final = "casparian-operator"
 NAME_CHARS_MAX: Final = 52
 """Of the objects made here: a CronJob's name may have no more, for its Jobs' names add to it."""
 LABEL_CHARS_MAX: Final = 63
-OBJECT_CHARS_MAX: Final = 63
-"""Of the names of our own kinds' objects, so that a label can hold them as they are."""
 DIGEST_CHARS: Final = 8
 
 NAME_LABEL: Final = "app.kubernetes.io/name"

@@ -184,16 +184,6 @@ class EventReason(StrEnum):
     """The ledger did not take what the object asks for; the message says why. It is asked again."""
 
 
-PLUGIN_CONDITIONS: Final = (
-    ConditionType.VERIFIED,
-    ConditionType.PROVISIONED,
-    ConditionType.DEPLOYED,
-    ConditionType.READY,
-)
-"""In the order in which they come true."""
-SOURCE_CONDITIONS: Final = (ConditionType.READY, ConditionType.SCANNED)
-APPROVAL_CONDITIONS: Final = (ConditionType.DECIDED, ConditionType.STARTED)
-
 VERIFIED_BY_TRUST_CODE: Final = {
     "trusted": VerifiedReason.VERIFIED,
     "unsigned": VerifiedReason.UNSIGNED,
