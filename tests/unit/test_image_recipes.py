@@ -52,6 +52,8 @@ def test_images_run_as_nobody_in_particular_on_any_base(name: str) -> None:
     assert text.count("FROM ${BASE_IMAGE}") == 2
     assert "ARG BASE_IMAGE=python:3.12-slim-bookworm" in text
     assert "USER 10001:10001" in text
+    # Who has no name in the image's list of users has this one: kopf asks for it.
+    assert "LOGNAME=casparian" in text
     assert "--require-hashes --only-binary :all:" in text
 
 
