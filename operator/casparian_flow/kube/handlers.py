@@ -72,6 +72,8 @@ class Watches:
     def _run(self) -> None:
         # It tells of every event that was heard.
         logging.getLogger("kopf").setLevel(logging.WARNING)
+        # And that it takes no signals in a thread, which is as it should be.
+        logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
         while not self._stopping.is_set():
             self._stop_flags = [threading.Event(), threading.Event()]
             try:
@@ -109,6 +111,8 @@ class Watches:
             registry=self._registry((*own, *made)),
             settings=settings_of(self._lease),
             standalone=True,
+            # Its own would begin with the user's name, and a pod's user has none.
+            identity=self._lease,  # type: ignore[arg-type]
             namespaces=namespaces,
             stop_flag=stop,
         )
