@@ -88,6 +88,8 @@ soak: setup
 	@CASPARIAN_CHAOS_FAULTS=1000 CASPARIAN_POISON_FILES=10000 $(BIN)/pytest -q -s tests/chaos/test_random_kills.py tests/chaos/test_poison_files.py
 	@printf '\n== power loss and fuzzing\n'
 	@CASPARIAN_POWER_CUTS=10000 CASPARIAN_FUZZ_FRAMES=10000000 CASPARIAN_FUZZ_SOURCES=1000000 CASPARIAN_FUZZ_MCP_CALLS=10000 $(BIN)/pytest -q -s --timeout=86400 $(wildcard tests/power tests/fuzz)
+	@printf '\n== 200 plugins under one operator\n'
+	@CASPARIAN_PLUGINS=200 $(BIN)/pytest -q -s --timeout=900 tests/kube_api/test_operator_life.py
 	@printf '\n== simulation, %s seeds\n' '$(SEEDS)'
 	@CASPARIAN_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -q -s tests/simulation
 
