@@ -9,6 +9,7 @@ from signing_kit import signed_bundle
 from worker_process import worker_process
 
 from casparian_flow.sentinel.admission import Principal
+from casparian_flow.sentinel.api import ControlApi
 from casparian_flow.services.scout import scan
 
 PLUGIN = """
@@ -27,6 +28,13 @@ class Handler(BasePlugin):
 """
 
 
+def trial_of(control: ControlApi, plugin: str) -> str:
+    """How its trial stands, as who starts workers is told."""
+    rows = {row["plugin_name"]: row for row in control.plugin_counts()}
+    assert (rows[plugin]["status"], rows[plugin]["workers"]) == ("STAGING", 0)
+    return str(rows[plugin]["trial"])
+
+
 def test_equal_files_and_plugins_of_two_namespaces_give_outputs_of_their_own(
     tmp_path: Path,
 ) -> None:
@@ -42,6 +50,7 @@ def test_equal_files_and_plugins_of_two_namespaces_give_outputs_of_their_own(
                 str(inbox), settle_seconds=0.0, name="inbox", namespace=namespace
             )
             scan(root["id"], control)
+            until(lambda name=row["plugin"]: trial_of(control, name) == "waits for a worker")
             principal = Principal(
                 "worker", namespace, "lines", f"{namespace}/lines", row["artifact_hash"]
             )

@@ -71,6 +71,10 @@ def test_a_worker_gets_the_jobs_of_its_own_plugin_version_whatever_it_claims(
     assert beta.gets_nothing(m.Dispatch)
     (row,) = cluster.sentinel.control.list_workers()
     assert (row["capabilities"], row["bound_to"]) == (["beta"], artifact_of("beta"))
+    counted = {row["plugin_name"]: row for row in cluster.sentinel.control.plugin_counts()}
+    told = [counted["beta"][name] for name in ("queued", "running", "workers", "idle")]
+    assert told == [0, 3, 1, 0]
+    assert (counted["alpha"]["queued"], counted["alpha"]["workers"]) == (3, 0)
     other = cluster.admit(worker_of("alpha", "another version"))
     old = cluster.worker("old", other, token="sa-alpha", slots=9, credit=9)
     old.identify()
