@@ -32,7 +32,7 @@ def test_a_small_bundle_is_within_the_object() -> None:
     assert unpack(from_inlined(spec.source.inline or "")) == bundle
     assert emitted.next_command("a b.yaml") == (
         "kubectl apply -f 'a b.yaml' && "
-        f"kubectl wait --for=condition=Ready casparianplugin/{emitted.plugin}"
+        f"kubectl wait --for=condition=Ready --timeout=5m casparianplugin/{emitted.plugin}"
     )
 
 

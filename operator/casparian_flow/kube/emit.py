@@ -54,8 +54,8 @@ class Emitted:
     def next_command(self, file: str) -> str:
         """What to type next."""
         how = "apply --server-side" if self.server_side else "apply"
-        wait = f"kubectl wait --for=condition=Ready casparianplugin/{self.plugin}"
-        return f"kubectl {how} -f {shlex.quote(file)} && {wait}"
+        ready = f"--for=condition=Ready --timeout=5m casparianplugin/{self.plugin}"
+        return f"kubectl {how} -f {shlex.quote(file)} && kubectl wait {ready}"
 
 
 def objects_for(bundle: Bundle) -> Emitted:
