@@ -351,8 +351,8 @@ class Gatherer:
     def approval(self, body: Body, *, since: float) -> ApprovalState:
         """What decides about an Approval; raises as `plugin`."""
         approval = approval_of(body)
-        look = self._around.looks.since(since)
-        request = look.requests.get(approval.spec.approval_id)
+        requests = self._around.looks.requests(since)
+        request = requests.get(approval.spec.approval_id)
         return ApprovalState(body, approval, request, self.now())
 
     @staticmethod

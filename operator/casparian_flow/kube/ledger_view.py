@@ -29,7 +29,6 @@ class Look:
 
     plugins: Mapping[str, LedgerView] = field(default_factory=dict)
     sources: Mapping[str, LedgerSource] = field(default_factory=dict)
-    requests: Mapping[str, Request] = field(default_factory=dict)
     taken_at: float = -1.0
     seconds: float = 0.0
 
@@ -49,6 +48,9 @@ class LedgerLooks:
         self._clock = clock
         self._lock = threading.Lock()
         self._last = Look()
+        self._requests_lock = threading.Lock()
+        self._requests: Mapping[str, Request] = {}
+        self._requests_at = -1.0
 
     @property
     def last(self) -> Look:
@@ -80,9 +82,21 @@ class LedgerLooks:
             for row in control.list_sources()
             if row["name"]
         }
-        requests = {r.approval_id: r for r in control.api.list_approvals(None, REQUESTS_MAX)}
-        took = self._clock.now().mono - began
-        return Look(plugins, sources, requests, began, took)
+        return Look(plugins, sources, began, self._clock.now().mono - began)
+
+    def requests(self, moment: float) -> Mapping[str, Request]:
+        """Requests by id, as they were at or after this moment: apart, since there may be many and
+        the queue is looked at every second.
+
+        Raises:
+            CasparianError: the ledger cannot be read.
+        """
+        with self._requests_lock:
+            if self._requests_at < moment:
+                self._requests_at = self._clock.now().mono
+                listed = self._control().api.list_approvals(None, REQUESTS_MAX)
+                self._requests = {request.approval_id: request for request in listed}
+            return self._requests
 
 
 Row = Mapping[str, Any]

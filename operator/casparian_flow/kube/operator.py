@@ -326,8 +326,7 @@ class Operator:
     def _looked(self) -> None:
         """After each complete look at the cluster."""
         self._reload()
-        look = self.looks.since(self._clock.now().mono)
-        self.requests.make(look)
+        self.requests.make(self.looks.requests(self._clock.now().mono))
         self.controller.retire_orphans(self.config.watched)
         self._let_backups_in()
         self._synced.set()

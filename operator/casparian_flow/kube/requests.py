@@ -1,15 +1,13 @@
 """Makes an Approval object for every request in the ledger that waits for a person."""
 
-import logging
+from collections.abc import Mapping
 
 from casparian_flow.domain.scoped_names import split
 from casparian_flow.kube.client import KubeClient, KubeError
 from casparian_flow.kube.kinds import Ref, ref_of
-from casparian_flow.kube.ledger_view import Look
 from casparian_flow.kube.reconcile_approval import OPEN, approval_object, operation_of
 from casparian_flow.kube.store import Store
-
-log = logging.getLogger(__name__)
+from casparian_flow.protocol.http_types import Approval as Request
 
 
 class Requests:
@@ -23,14 +21,14 @@ class Requests:
         self._store = store
         self._namespaces = namespaces
 
-    def make(self, look: Look) -> list[Ref]:
+    def make(self, requests: Mapping[str, Request]) -> list[Ref]:
         """Make the objects that are missing; returns them.
 
         Raises:
             KubeError: the API server refuses or is away.
         """
         made = []
-        for request in look.requests.values():
+        for request in requests.values():
             if request.status not in OPEN:
                 continue
             namespace = split(str(operation_of(request)["plugin"])).namespace
