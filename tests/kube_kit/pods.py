@@ -99,6 +99,7 @@ def log(kube: ApiClient, namespace: str, name: str, container: str = "main") -> 
     try:
         return str(kube.request("GET", path, query={"container": container}))
     except ApiError as error:
-        if error.reason != "BadRequest":
+        # Its node has not heard of the pod yet, or has not started the container.
+        if "pods/log" not in error.message and error.reason != "BadRequest":
             raise
         return ""

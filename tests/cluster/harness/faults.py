@@ -1,13 +1,13 @@
 """What may go wrong on a cluster, done on purpose. Nodes are containers of kind."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from cluster.harness import daemon
 from cluster.harness.errors import HarnessError
-from kube_kit import ApiClient
+from kube_kit import ApiClient, ApiError
 
 _INTERFACE = "eth0"
 # Before and after everything else, so that forwarded packets (the pods') meet them too.
@@ -109,12 +109,13 @@ class Faults:
 
     def _answers_as_new(self, before: str) -> bool:
         try:
+            self._client.request("GET", "/readyz")
             pods = self._client.list("v1", "Pod", "kube-system", "component=kube-apiserver")
-        except OSError:
+        except (OSError, ApiError):  # it is away, or does not know anybody's rights yet
             return False
         return bool(pods) and _container(pods[0]) not in {before, ""}
 
-    def _await(self, condition: Any) -> None:
+    def _await(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + RETURN_S
         while not condition():
             if time.monotonic() > end:
