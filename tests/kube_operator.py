@@ -32,6 +32,7 @@ SOURCE = """
             pass
 """
 WAIT_S = 60.0
+RULES = lax_rules()
 OUTPUTS = {"persistentVolumeClaim": {"claimName": "out"}}
 
 
@@ -54,7 +55,7 @@ def operator_config(
         database=folder / "ledger.duckdb",
         curve_dir=folder / "curve",
         remote_control_address="tcp://127.0.0.1:*",
-        trust=lax_rules,
+        trust=lambda: RULES,
         trials=False,
         wire_deploy=False,
         allow_self_approval=False,
@@ -91,7 +92,7 @@ def operator(
         kubeconfig: as whom; the cluster's administrator if None.
     """
     client = KubeClient.connect(kubeconfig or api.kubeconfig)
-    running = Operator(config, client, trust=lax_rules)
+    running = Operator(config, client, trust=lambda: RULES)
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -103,6 +104,8 @@ def operator(
     thread = threading.Thread(target=run, name="operator")
     thread.start()
     try:
+        while not running.wait_started(0.2) and thread.is_alive():
+            pass
         yield running
     finally:
         running.stop()

@@ -23,7 +23,7 @@ from casparian_flow.kube.names import API_VERSION
 from casparian_flow.kube.operator import EXIT_LOST
 
 WRITES = ("create", "update", "patch", "delete")
-MANY = int(os.environ.get("CASPARIAN_PLUGINS", "60"))
+MANY = int(os.environ.get("CASPARIAN_PLUGINS", "40"))
 """200 in `make soak`."""
 
 

@@ -29,6 +29,7 @@ SILENCE_S = 70.0
 """Without even a bookmark, which the API server sends every minute: the connection is dead."""
 CONNECT_S = 10.0
 RESTART_S = 3.0
+CLOSING_S = 0.3
 
 
 class Watches:
@@ -96,6 +97,8 @@ class Watches:
             objects.set()
             lease.set()
             results = await asyncio.gather(*tasks, return_exceptions=True)
+            # TLS connections take a moment to close after their session has.
+            await asyncio.sleep(CLOSING_S)
         for result in results:
             if isinstance(result, Exception):
                 raise result

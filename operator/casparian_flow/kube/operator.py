@@ -25,7 +25,12 @@ from typing import Final
 from casparian_flow.config import Settings, load_settings
 from casparian_flow.config_trust import trust_source
 from casparian_flow.domain.clock import Clock, SystemClock
-from casparian_flow.domain.errors import CasparianError, ConfigError, LedgerUnavailableError
+from casparian_flow.domain.errors import (
+    CasparianError,
+    ConfigError,
+    LedgerUnavailableError,
+    SentinelUnreachableError,
+)
 from casparian_flow.kube import names
 from casparian_flow.kube.autoscaler import Autoscaler
 from casparian_flow.kube.backup_access import backup_keys, keep_backup_secret
@@ -200,13 +205,22 @@ class Operator:
         Raises:
             SentinelUnreachableError: it does not serve.
         """
-        assert self._sentinel is not None
-        return self._sentinel.control
+        return self.sentinel.control
 
     @property
     def sentinel(self) -> Sentinel:
-        assert self._sentinel is not None
+        """Raises:
+        SentinelUnreachableError: there is none yet.
+        """
+        if self._sentinel is None:
+            raise SentinelUnreachableError(
+                "the operator has not begun yet", hint="It waits for its Lease, or for the ledger."
+            )
         return self._sentinel
+
+    def wait_started(self, timeout_s: float) -> bool:
+        """Wait until everything was looked at once; False if that took longer."""
+        return self._synced.wait(timeout_s)
 
     @property
     def site(self) -> Site:

@@ -255,6 +255,8 @@ def differs(wanted: object, found: object) -> bool:
 
     >>> differs({"a": 1, "l": [{"n": "x"}]}, {"a": 1, "b": 2, "l": [{"n": "x", "d": True}]})
     False
+    >>> differs({"readOnly": False}, {})
+    False
     >>> differs({"l": []}, {}), differs({"l": [1]}, {"l": [1, 2]})
     (False, True)
     >>> differs({"cpu": "1000m"}, {"cpu": "1"})
@@ -266,6 +268,8 @@ def differs(wanted: object, found: object) -> bool:
         return any(differs(value, found.get(key)) for key, value in wanted.items())
     if isinstance(wanted, (list, tuple)):
         return _list_differs(wanted, found)
+    if found is None and not wanted:
+        return False  # the API server leaves out what is false, empty or zero
     return wanted != found and not _same_quantity(wanted, found)
 
 
