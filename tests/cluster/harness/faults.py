@@ -65,7 +65,11 @@ class Faults:
     def kill_container(self, namespace: str, pod: str, container: str) -> None:
         """SIGKILL to a container's first process; the kubelet will start it anew."""
         found = self._client.get("v1", "Pod", pod, namespace)
-        statuses = found["status"].get("containerStatuses", [])
+        status = found["status"]
+        statuses = [  # sidecars are among the former
+            *status.get("initContainerStatuses", []),
+            *status.get("containerStatuses", []),
+        ]
         wanted = next((each for each in statuses if each["name"] == container), None)
         if wanted is None or "running" not in wanted["state"]:
             raise HarnessError(f"{namespace}/{pod} has no running {container}", str(statuses))

@@ -117,9 +117,10 @@ class Cluster:
 
     def load_image(self, *tags: str) -> None:
         """Put images of the docker daemon onto both nodes."""
-        for tag in tags:
-            with step(f"loading {tag} ({images.size_bytes(tag) / 1e6:.0f} MB)"):
-                _kind("load", "docker-image", tag, "--name", self.name)
+        size = sum(map(images.size_bytes, tags)) / 1e6
+        # Together: what they share is packed once.
+        with step(f"loading {', '.join(tags)} ({size:.0f} MB)"):
+            _kind("load", "docker-image", *tags, "--name", self.name)
 
     def save_logs(self, folder: Path) -> None:
         """Everything that helps to understand a failure: nodes' and pods' logs, all objects."""
