@@ -16,6 +16,7 @@ from cluster.harness.errors import HarnessError
 from cluster.harness.faults import Faults
 from cluster.harness.progress import say
 from cluster.harness.tools import tool
+from cluster.release import Release, build_images
 from kube_kit import ApiClient
 from kube_kit.collection import uncaptured
 
@@ -104,3 +105,14 @@ def space(kube: ApiClient) -> Iterator[str]:
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
     yield name
     kube.delete("v1", "Namespace", name)
+
+
+@pytest.fixture(scope="session")
+def release(cluster: kind.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+    """The project, installed from its own images and chart; removed with everything it keeps."""
+    build_images(cluster)
+    made = Release(cluster, tmp_path_factory.mktemp("release"))
+    made.make_namespaces()
+    made.install()
+    yield made
+    made.remove()
