@@ -11,6 +11,9 @@ from ledger_kit import ManualClock
 
 from casparian_flow.db import exchange
 from casparian_flow.domain.errors import NotPermittedError
+from casparian_flow.kube.backup_access import backup_keys, keep_backup_secret
+from casparian_flow.kube.client import KubeClient
+from casparian_flow.kube.curve_keys import KeyRing
 from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 from casparian_flow.sentinel.control import remote
 from casparian_flow.services.backup import backup
@@ -33,16 +36,6 @@ def _key_files(api: ApiServer, space: str, folder: Path) -> Path:
     return folder
 
 
-def _await_looks(api: ApiServer, space: str, more: int) -> None:
-    """Until the operator has begun to look at everything that many times more."""
-
-    def looks() -> int:
-        return len(api.requests(verb="list", resource="sourceroots", namespace=space))
-
-    before = looks()
-    api.client.wait(lambda: looks() >= before + more)
-
-
 def test_a_backup_is_made_with_the_key_in_the_secret_and_nothing_else_can_be(
     api: ApiServer, space: str, tmp_path: Path
 ) -> None:
@@ -59,20 +52,19 @@ def test_a_backup_is_made_with_the_key_in_the_secret_and_nothing_else_can_be(
 def test_an_edited_secret_is_put_right_and_a_right_one_is_left_alone(
     api: ApiServer, space: str, tmp_path: Path
 ) -> None:
-    config = operator_config(tmp_path, space, (space,), backup_account=ACCOUNT)
-    with operator(api, config):
-        right = api.client.wait(lambda: api.client.find("v1", "Secret", ACCOUNT, space))
-        api.client.patch("v1", "Secret", ACCOUNT, {"data": {SERVER_PUBLIC: "YWhh"}}, space)
-        api.client.wait(
-            lambda: api.client.get("v1", "Secret", ACCOUNT, space)["data"] == right["data"]
-        )
-        before = api.client.get("v1", "Secret", ACCOUNT, space)["metadata"]["resourceVersion"]
-        _await_looks(api, space, 2)
-        after = api.client.get("v1", "Secret", ACCOUNT, space)["metadata"]["resourceVersion"]
-        assert after == before
+    keys = KeyRing.open(tmp_path / "curve")
+    client = KubeClient.connect(api.kubeconfig)
+    assert keep_backup_secret(client, keys, space, ACCOUNT)
+    right = api.client.get("v1", "Secret", ACCOUNT, space)
+    assert not keep_backup_secret(client, keys, space, ACCOUNT)
+    api.client.patch("v1", "Secret", ACCOUNT, {"data": {SERVER_PUBLIC: "YWhh"}}, space)
+    assert keep_backup_secret(client, keys, space, ACCOUNT)
+    assert api.client.get("v1", "Secret", ACCOUNT, space)["data"] == right["data"]
+    client.close()
 
 
-def test_without_backups_there_is_no_key(api: ApiServer, space: str, tmp_path: Path) -> None:
-    with operator(api, operator_config(tmp_path, space, (space,))):
-        _await_looks(api, space, 2)
-        assert api.client.list("v1", "Secret", space) == []
+def test_without_backups_there_is_no_key(tmp_path: Path) -> None:
+    keys = KeyRing.open(tmp_path / "curve")
+    assert backup_keys(keys, "flow", "") == {}
+    (whom,) = backup_keys(keys, "flow", ACCOUNT).values()
+    assert (whom.kind, whom.namespace, whom.service_account) == ("backup", "flow", ACCOUNT)
