@@ -28,16 +28,12 @@ PYTHON = HERE / "images" / "python.Dockerfile"
 NODE = HERE / "node"
 # In the node's own file system; the rest runs in containers.
 _ON_THE_NODE = ("kubeadm", "kubectl", "kubelet")
-_STAGES = (
-    "kube-apiserver",
-    "kube-controller-manager",
-    "kube-scheduler",
-    "kube-proxy",
-    "etcd",
-    "coredns",
-    "pause",
-    "local-path-provisioner",
-)
+# Those of the second archive are imported where the control plane runs (images.service).
+_ARCHIVES = {
+    "every-node.tar": ("pause", "kube-proxy", "coredns", "local-path-provisioner"),
+    "control-plane.tar": ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"),
+}
+_STAGES = tuple(stage for stages in _ARCHIVES.values() for stage in stages)
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -183,8 +179,9 @@ def _build_node(tag: str, system: str, programs: Mapping[str, Path]) -> None:
         )
         (context / "version").write_text(version_of("kubernetes"))
         (context / "images").mkdir()
-        archive = context / "images" / "control-plane.tar"
-        daemon.docker("save", "--output", os.fspath(archive), *names.values())
+        for archive, stages in _ARCHIVES.items():
+            file = os.fspath(context / "images" / archive)
+            daemon.docker("save", "--output", file, *(names[stage] for stage in stages))
         build(context / "Dockerfile", tag, context, {"SYSTEM": system})
 
 

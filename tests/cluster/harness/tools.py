@@ -1,6 +1,6 @@
 """Programs that the tests need, each built once from pinned Go modules (`go/*/go.mod`).
 
-Where the machine has a helm of its own, of the right major version, that one is taken.
+Where the machine has a helm, kind or kubectl of its own that fits, that one is taken.
 """
 
 import os
@@ -42,6 +42,14 @@ MODULES_PINNED = {
     "local-path": "github.com/rancher/local-path-provisioner",
 }
 
+# Programs that may be the machine's own: how to ask for the version, and how many minor versions
+# it may be away from the pinned one.
+_NEAR_ENOUGH = {
+    "helm": (("version", "--short"), 99),
+    "kind": (("version",), 3),
+    "kubectl": (("version", "--client"), 1),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,7 +76,7 @@ def tool(name: str) -> Path:
     Raises:
         HarnessError: there is no Go, or it could not be built.
     """
-    if name == "helm" and (found := _helm_of_the_machine()):
+    if found := _of_the_machine(name):
         return found
     recipe = RECIPES[name]
     folder = MODULES / recipe.module
@@ -138,12 +146,19 @@ def _build(name: str, recipe: Recipe, target: Path) -> None:
 
 
 @once
-def _helm_of_the_machine() -> Path | None:
-    found = shutil.which("helm")
-    if found is None:
+def _of_the_machine(name: str) -> Path | None:
+    """The machine's own program, if its version is near enough to the pinned one."""
+    found = shutil.which(name)
+    if name not in _NEAR_ENOUGH or found is None:
         return None
-    said = subprocess.run(
-        [found, "version", "--short"], capture_output=True, text=True, check=False
-    )
-    major = version_of("helm").split(".")[0]
-    return Path(found) if said.stdout.startswith(f"{major}.") else None
+    arguments, minors = _NEAR_ENOUGH[name]
+    said = subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+    has, wants = _major_minor(said.stdout), _major_minor(version_of(RECIPES[name].module))
+    if has is None or wants is None or has[0] != wants[0]:
+        return None
+    return Path(found) if abs(has[1] - wants[1]) <= minors else None
+
+
+def _major_minor(text: str) -> tuple[int, int] | None:
+    found = re.search(r"\bv(\d+)\.(\d+)\.", text)
+    return (int(found[1]), int(found[2])) if found else None
