@@ -280,7 +280,11 @@ class OperatorSettings(_Section):
     image_pull_secrets: tuple[str, ...] = ()
     """Secrets with which they pull it; each namespace has its own of these names."""
     worker_resources: dict[str, dict[str, str]] = {}
-    """Requests and limits of plugin containers whose CasparianPlugin names none."""
+    """Requests and limits of plugin containers whose CasparianPlugin names none. Without a limit of
+    memory it is (`[worker] slots` + 1) × `memory_mb` and a tenth."""
+    scratch_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")] = "10Gi"
+    """Most that a worker pod holds of copies of inputs, and most that its plugins may have in
+    temporary files; a pod beyond either is evicted."""
     network_policies: bool = True
     """Whether every Deployment and Scout gets a NetworkPolicy."""
     environments_storage_class: str = ""

@@ -170,6 +170,7 @@ def test_the_operator_reads_its_settings_as_they_were_given(tmp_path: Path) -> N
         "requests": {"cpu": "0.5", "memory": "1Gi"},
         "limits": {"memory": "2Gi"},
     }
+    assert settings.operator.scratch_size == "30Gi"
     assert settings.operator.environments_storage_class == "shared"
     assert settings.operator.index_url == "https://index.example/simple"
     assert settings.operator.wheelhouse_claim == "wheels"

@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from kube_states import NOW, SITE, judged, ledger, plugin_body, root
+from kube_states import NOW, OUTPUTS, SITE, judged, ledger, plugin_body, root
 
 from casparian_flow.domain.wiring import PluginStatus as Standing
 from casparian_flow.kube import names
 from casparian_flow.kube.kinds import Body, Ref, ref_of
+from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.models import plugin_of
 from casparian_flow.kube.plan import ChooseRoots, Deploy, Pause, Plan, Resume, Rollback, SetTopic
 from casparian_flow.kube.reasons import VerifiedReason
@@ -443,6 +444,61 @@ def test_a_failed_environment_tells_uvs_words_and_is_tried_again_later() -> None
     assert plan.again_s == RETRY_PROVISION_S - 10
     late = replace(said, age_s=RETRY_PROVISION_S)
     assert reconcile_plugin(replace(locked(), provision=late)).delete == [ref_of(job)]
+
+
+def test_a_try_that_may_succeed_later_is_repeated_by_the_job_and_a_final_one_is_not() -> None:
+    job = applied(reconcile_plugin(locked()))["Job"]
+    final, evicted = job["spec"]["podFailurePolicy"]["rules"]
+    assert final["action"] == "FailJob"
+    assert final["onExitCodes"]["values"] == [1, 2, 8]
+    names_ = [c["name"] for c in job["spec"]["template"]["spec"]["containers"]]
+    assert names_ == [final["onExitCodes"]["containerName"]]
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    assert evicted["action"] == "Ignore"
+    trying = Provision(job, "the index is away")
+    plan = reconcile_plugin(replace(locked(), provision=trying))
+    assert condition(plan, "Provisioned") == ("False", "Provisioning")
+    assert "the index is away" in message(plan, "Provisioned")
+
+
+def test_a_final_failure_waits_for_other_settings_and_then_is_tried_again_at_once() -> None:
+    job = applied(reconcile_plugin(locked()))["Job"]
+    why = {"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}
+    tried = Provision({**job, "status": {"conditions": [why]}}, "no such package", 1e6)
+    state = replace(locked(), provision=tried)
+    plan = reconcile_plugin(state)
+    assert message(plan, "Provisioned") == "no such package"
+    assert (plan.delete, plan.again_s) == ([], None)
+    changed = replace(SHARED, settings_toml="[worker]\nindex_url = 'https://index.example'\n")
+    assert reconcile_plugin(replace(state, site=changed)).delete == [ref_of(job)]
+
+
+def test_a_plugin_container_has_memory_for_all_slots_and_a_trial_unless_somebody_says_else() -> (
+    None
+):
+    def resources(site: Site, **given: Any) -> dict[str, Any]:
+        body = plugin_body(spec={"workers": {"outputs": OUTPUTS, "resources": given}})
+        plan = reconcile_plugin(state_of(body, site=site, ledger=ledger(Standing.ACTIVE)))
+        inits = applied(plan)["Deployment"]["spec"]["template"]["spec"]["initContainers"]
+        found: dict[str, Any] = inits[-1]["resources"]
+        return found
+
+    two = replace(SITE, slots=2, memory_mb=1200)
+    assert resources(two)["limits"] == {"memory": "4000Mi"}
+    assert resources(replace(SITE, memory_mb=256))["limits"] == {"memory": "608Mi"}
+    chart = replace(two, worker_resources={"requests": {"cpu": "1"}, "limits": {"memory": "9Gi"}})
+    assert resources(chart) == chart.worker_resources
+    assert resources(chart, limits={"memory": "5Gi"}) == {"limits": {"memory": "5Gi"}}
+    large = resources(two, requests={"memory": "8Gi"})
+    assert large == {"requests": {"memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+
+
+def test_volumes_of_pods_that_fill_up_are_limited_as_the_settings_say() -> None:
+    site = replace(SITE, scratch_size="7Gi")
+    plan = reconcile_plugin(state_of(site=site, ledger=ledger(Standing.ACTIVE)))
+    volumes = applied(plan)["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    limits = {v["name"]: v["emptyDir"].get("sizeLimit") for v in volumes if "emptyDir" in v}
+    assert limits["scratch"] == limits["plugin-tmp"] == "7Gi"
 
 
 def test_without_a_shared_volume_each_pod_makes_its_own() -> None:

@@ -157,6 +157,7 @@ worker_image = {{ include "casparian.image" (list . .Values.worker.image) | toJs
 image_pull_policy = {{ toJson .Values.worker.image.pullPolicy }}
 image_pull_secrets = {{ toJson .Values.imagePullSecrets }}
 network_policies = {{ .Values.networkPolicies.enabled }}
+scratch_size = {{ toJson .Values.worker.scratchSize }}
 backup_account = {{ .Values.backup.enabled | ternary (include "casparian.backup.name" .) "" | toJson }}
 {{- with .Values.environments }}
 environments_storage_class = {{ toJson .storageClassName }}

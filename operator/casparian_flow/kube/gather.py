@@ -276,12 +276,13 @@ class Gatherer:
         name = names.provision_name(found.lock_hash)
         job = self._around.store.get(Ref(JOB.name, namespace, name))
         provision = Provision(job)
-        if provision.state() != "failed" or job is None:
+        ended, tries = provision.state(), (job or {}).get("status", {}).get("failed", 0)
+        if job is None or ended == "done" or (ended == "running" and not tries):
             return provision
         pods = self._around.client.list(POD, namespace, selector=f"{JOB_NAME}={name}")
         failed = [
             micros(c.get("lastTransitionTime"))
-            for c in job["status"]["conditions"]
+            for c in job["status"].get("conditions", ())
             if c["type"] == "Failed"
         ]
         age = (self._around.clock.now().wall_us - max(failed, default=0)) / 1e6

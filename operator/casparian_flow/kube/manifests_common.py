@@ -36,6 +36,9 @@ class Site:
         storage_class: of volumes for environments that many nodes mount; "" for none, so that
             each pod makes its own.
         worker_resources: of plugin containers whose object names none.
+        slots: plugins that one worker runs at a time.
+        memory_mb: mebibytes that one plugin with its children may use.
+        scratch_size: of the volume for copies of inputs, and of the plugins' own temporary one.
         log_level, log_format: of containers that have no settings file.
     """
 
@@ -55,6 +58,9 @@ class Site:
     index_ca_config_map: str = ""
     wheelhouse_claim: str = ""
     worker_resources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    slots: int = 1
+    memory_mb: int = 2048
+    scratch_size: str = "10Gi"
     log_level: str = "INFO"
     log_format: str = "text"
 

@@ -24,24 +24,24 @@ from casparian_flow.kube.kinds import (
 )
 from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.models import CasparianPlugin, SourceRoot
+from casparian_flow.kube.plan import amount_of
 from casparian_flow.kube.schema_parts import Volume
 from casparian_flow.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 
 GRACE_S: Final = 30.0
 """Beside the longest job, for handing back what has not begun."""
-SCRATCH_SIZE: Final = "10Gi"
 PROGRESS_S: Final = 600
 """After which a Deployment that does not come up says so."""
 WORKER_RESOURCES: Final = {
     "requests": {"cpu": "100m", "memory": "192Mi"},
     "limits": {"memory": "1Gi"},
 }
-PLUGIN_RESOURCES: Final = {
-    "requests": {"cpu": "200m", "memory": "512Mi"},
-    "limits": {"memory": "2Gi"},
-}
+PLUGIN_REQUESTS: Final = {"cpu": "200m", "memory": "512Mi"}
 """Of containers for which neither the object nor the settings name any."""
+HEADROOM_MB_MIN: Final = 96
+"""The launcher keeps all plugins together a tenth below the container's limit, and this at
+least."""
 _SETTINGS, _BUNDLE, _CURVE, _TOKEN = "settings", "bundle", "curve", "token"
 _LAUNCHER, _ENVIRONMENTS, _OUTPUTS, _TMP = "launcher", "environments", "outputs", "tmp"
 _PLUGIN_TMP = "plugin-tmp"
@@ -287,8 +287,6 @@ def _environment(workers: WorkerSet) -> list[dict[str, Any]]:
 
 def _plugin_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
     command = ["python", "-m", "casparian_worker.launcher", "--socket", names.LAUNCHER_SOCKET]
-    given = workers.plugin.spec.workers.resources
-    resources = given.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return common.container(
         site,
         "plugin",
@@ -303,8 +301,30 @@ def _plugin_container(workers: WorkerSet, site: Site) -> dict[str, Any]:
             {"name": LEVEL_VARIABLE, "value": site.log_level},
             {"name": FORMAT_VARIABLE, "value": site.log_format},
         ],
-        resources=resources or dict(site.worker_resources) or PLUGIN_RESOURCES,
+        resources=plugin_resources(workers.plugin, site),
     )
+
+
+def plugin_resources(plugin: CasparianPlugin, site: Site) -> dict[str, dict[str, Any]]:
+    """What the container with the plugin's code is given: as the object says, else as the settings
+    say. Its memory is always limited; where nobody says how far, there is room for a full slot each
+    and a trial beside them.
+    """
+    said = plugin.spec.workers.resources.model_dump(mode="json", exclude_defaults=True)
+    chosen: Mapping[str, Mapping[str, Any]] = said or site.worker_resources
+    requests = dict(chosen.get("requests") or ({} if chosen else PLUGIN_REQUESTS))
+    limits = dict(chosen.get("limits") or {})
+    if "memory" not in limits:
+        limits["memory"] = _memory_limit(site, str(requests.get("memory", "0")))
+    return {"requests": requests, "limits": limits} if requests else {"limits": limits}
+
+
+def _memory_limit(site: Site, requested: str) -> str:
+    """Never below what is set aside: the API server refuses that."""
+    plugins = (site.slots + 1) * site.memory_mb
+    mebibytes = plugins + max(math.ceil(plugins / 9), HEADROOM_MB_MIN)
+    least = amount_of(requested)
+    return requested if least is None or least > mebibytes * 1024**2 else f"{mebibytes}Mi"
 
 
 def provisioner(site: Site, name: str, deployed_at_us: int = 0) -> dict[str, Any]:
@@ -423,9 +443,9 @@ def _volumes(workers: WorkerSet, site: Site) -> list[dict[str, Any]]:
         common.secret_volume(_CURVE, workers.object_name),
         common.token_volume(_TOKEN),
         common.empty(_LAUNCHER, medium="Memory", size="1Mi"),
-        common.empty(common.SCRATCH_VOLUME, size=SCRATCH_SIZE),
+        common.empty(common.SCRATCH_VOLUME, size=site.scratch_size),
         common.empty(_TMP),
-        common.empty(_PLUGIN_TMP, size=SCRATCH_SIZE),
+        common.empty(_PLUGIN_TMP, size=site.scratch_size),
         *(common.volume(_root_volume(r), r.spec.volume, read_only=True) for r in workers.roots),
         common.empty(_OUTPUTS)
         if outputs is None

@@ -42,7 +42,8 @@ class Resources(Part):
     """Set aside, by resource: `cpu: 500m`, `memory: 1Gi`."""
     limits: Quantities = Field(default_factory=dict)
     """At most, by resource. The plugin itself is held somewhat below the memory limit, so that a
-    plugin that takes too much fails its job and not the whole container."""
+    plugin that takes too much fails its job and not the whole container. Without one it is what
+    the settings allow one plugin, for each slot and once more, and a tenth."""
 
 
 class SecretKeyRef(Part):

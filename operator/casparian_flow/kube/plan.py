@@ -238,11 +238,11 @@ def _waits(condition: Condition) -> bool:
 
 # -- differences ------------------------------------------------------------------------------
 
-_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+_QUANTITY = re.compile(r"\+?(\d+\.?\d*|\.\d+)([numkMGTPE]|[KMGTPE]i)?")
 _FACTORS = {
-    "m": Fraction(1, 1000), "": Fraction(1),
-    **{unit: Fraction(1000**n) for n, unit in enumerate("kMGTP", 1)},
-    **{f"{unit}i": Fraction(1024**n) for n, unit in enumerate("KMGTP", 1)},
+    **{unit: Fraction(1, 1000**n) for n, unit in enumerate("mun", 1)}, "": Fraction(1),
+    **{unit: Fraction(1000**n) for n, unit in enumerate("kMGTPE", 1)},
+    **{f"{unit}i": Fraction(1024**n) for n, unit in enumerate("KMGTPE", 1)},
 }  # fmt: skip
 _KEYS = ("mountPath", "containerPort", "name")
 """By one of these, the first that all have, the API server tells elements of a list apart."""
@@ -288,13 +288,18 @@ def _list_differs(wanted: Sequence[Any], found: object) -> bool:
 
 
 def _same_quantity(one: object, other: object) -> bool:
-    """Whether two texts are the same amount: the API server writes `1000m` as `1`."""
-    if not isinstance(one, str) or not isinstance(other, str):
+    """Whether two are the same amount: the API server writes `1000m` as `1`, and 1 likewise."""
+    if not isinstance(one, (str, int)) or not isinstance(other, str):
         return False
-    first, second = _QUANTITY.fullmatch(one), _QUANTITY.fullmatch(other)
-    return bool(first and second) and _amount(first) == _amount(second)
+    first, second = amount_of(str(one)), amount_of(other)
+    return first is not None and first == second
 
 
-def _amount(match: "re.Match[str] | None") -> Fraction:
-    assert match is not None
-    return Fraction(match[1]) * _FACTORS[match[2] or ""]
+def amount_of(quantity: str) -> Fraction | None:
+    """How much a quantity is, None for one in a form that only the API server reads.
+
+    >>> amount_of("2Gi") == 2 * 1024**3, amount_of("250m") == Fraction(1, 4), amount_of("1e3")
+    (True, True, None)
+    """
+    match = _QUANTITY.fullmatch(quantity)
+    return Fraction(match[1]) * _FACTORS[match[2] or ""] if match else None

@@ -44,6 +44,9 @@ def site_of(settings: Settings, namespace: str, keys: KeyRing) -> Site:
         index_ca_config_map=own.index_ca_config_map,
         wheelhouse_claim=own.wheelhouse_claim,
         worker_resources=own.worker_resources,
+        slots=settings.worker.slots or 1,
+        memory_mb=settings.worker.memory_mb,
+        scratch_size=own.scratch_size,
         log_level=settings.logging.level,
         log_format=settings.logging.format,
     )

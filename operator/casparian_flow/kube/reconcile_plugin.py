@@ -28,7 +28,12 @@ from casparian_flow.kube.kinds import (
     ref_of,
 )
 from casparian_flow.kube.manifests_common import HOSTNAME, Site, claim_of, single_node
-from casparian_flow.kube.manifests_provision import environments_claim, provision_job
+from casparian_flow.kube.manifests_provision import (
+    SETTINGS_HASH,
+    environments_claim,
+    provision_job,
+    settings_hash,
+)
 from casparian_flow.kube.manifests_worker import WorkerSet, worker_objects
 from casparian_flow.kube.models import VERSIONS_MAX, CasparianPlugin, SourceRoot
 from casparian_flow.kube.plan import (
@@ -63,7 +68,8 @@ from casparian_flow.kube.verdict import Judgement, TopicWiring
 SUSPENDED: Final = "suspended by its CasparianPlugin"
 """Reason of a pause in the ledger that the object asked for, and that the object ends."""
 RETRY_PROVISION_S: Final = 300.0
-"""After which a failed provisioning is tried again: an index may have been away."""
+"""After which a failed provisioning is tried again: an index may have been away. One whose failure
+is final waits for other settings instead."""
 LOOK_AGAIN_S: Final = 2.0
 """While something is under way that no watch tells of, such as a trial."""
 _MADE_BY_NAME: Final = (DEPLOYMENT, NETWORK_POLICY, CONFIG_MAP, SECRET, SERVICE_ACCOUNT)
@@ -132,7 +138,7 @@ class Provision:
 
     Attributes:
         job: the Job, None if there is none.
-        said: what its last failed pod has said, uv's own words.
+        said: what its last failed pod has said, uv's own words; also while it is tried again.
         age_s: seconds since it failed.
     """
 
@@ -150,6 +156,15 @@ class Provision:
             if c.get("status") == "True"
         }
         return "done" if "Complete" in kinds else "failed" if "Failed" in kinds else "running"
+
+    def final(self, site: Site) -> bool:
+        """Whether another try with these settings would fail likewise."""
+        job = self.job or {}
+        tried = job.get("metadata", {}).get("annotations", {}).get(SETTINGS_HASH)
+        return tried == settings_hash(site) and any(
+            c["type"] == "Failed" and c.get("reason") == "PodFailurePolicy"
+            for c in job.get("status", {}).get("conditions", ())
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,14 +417,25 @@ def _provisioned(state: PluginState, verified: Condition) -> Condition:
             ProvisionedReason.PROVISION_FAILED,
             state.provision.said or "the Job failed, and its pod has left no message",
         )
-    return no(kind, ProvisionedReason.PROVISIONING, f"environment {lock[:12]} is being made")
+    said = f"; the last try ended with: {state.provision.said}" if state.provision.said else ""
+    return no(kind, ProvisionedReason.PROVISIONING, f"environment {lock[:12]} is being made{said}")
 
 
 def _provision_again(state: PluginState, provisioned: Condition) -> list[Ref]:
     failed = provisioned.reason == ProvisionedReason.PROVISION_FAILED
-    if not failed or state.provision.age_s < RETRY_PROVISION_S or state.provision.job is None:
+    if not failed or state.provision.job is None:
         return []
-    return [ref_of(state.provision.job)]
+    return [] if _provision_waits(state) else [ref_of(state.provision.job)]
+
+
+def _provision_waits(state: PluginState) -> bool:
+    """Whether a failed provisioning is left as it is, for now or until the settings change."""
+    tried = state.provision
+    if tried.final(state.site):
+        return True
+    job = tried.job or {}
+    was = job.get("metadata", {}).get("annotations", {}).get(SETTINGS_HASH)
+    return was == settings_hash(state.site) and tried.age_s < RETRY_PROVISION_S
 
 
 # -- the objects ------------------------------------------------------------------------------
@@ -708,6 +734,6 @@ def _again(
     reasons = {str(c.reason) for c in conditions}
     if DeployedReason.ON_TRIAL in reasons:
         return LOOK_AGAIN_S
-    if ProvisionedReason.PROVISION_FAILED in reasons:
+    if ProvisionedReason.PROVISION_FAILED in reasons and not state.provision.final(state.site):
         return max(1.0, RETRY_PROVISION_S - state.provision.age_s)
     return None
