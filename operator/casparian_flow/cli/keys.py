@@ -73,14 +73,17 @@ def list_keys(app: App) -> None:
 
 
 @keys.command("show")
-@click.argument("name")
+@click.argument("name", default="")
 @output_option
 @pass_app
 def show(app: App, name: str) -> None:
-    """Show the public half of the key NAME, to hand to whoever should trust it."""
+    """Show the public half of the key NAME, to hand to whoever should trust it.
+
+    By default it is the key that 'publish' signs with.
+    """
     from casparian_flow.trust import keys as key_files
 
-    public = _public(app.settings, name)
+    public = _public(app.settings, name or app.settings.trust.signing_key)
     found = {
         "key_id": key_files.key_id(public),
         "public": key_files.public_text(public),
