@@ -37,6 +37,18 @@ def reason(plan: Plan, kind: str) -> tuple[str, str]:
     return found["status"], found["reason"]
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [(2, "2"), (".5", "500m"), ("0.5", "500m"), ("1.", "1"), ("+1", "1"), ("1000m", "1"),
+     ("1024Mi", "1Gi"), ("1000P", "1E")],
+)  # fmt: skip
+def test_a_quantity_is_the_same_however_the_api_server_writes_it(
+    written: str | int, kept: str
+) -> None:
+    assert not differs({"cpu": written}, {"cpu": kept})
+    assert differs({"cpu": written}, {"cpu": "3"})
+
+
 # -- source roots
 
 

@@ -31,6 +31,8 @@ MANAGED = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
 """Selects what the operator has made."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+_UNKNOWN_FIELD = "failed to create typed patch object"
+"""Of an apply with a field that the kind does not have, or one twice; the answer is a 500."""
 MESSAGE_CHARS_MAX = 1_000
 """Of an Event; the API server takes no more than 1,024."""
 
@@ -231,8 +233,13 @@ class KubeClient:
             }
         )
 
-    def review(self, token: str) -> Mapping[str, Any]:
+    def review(
+        self, token: str, audiences: Sequence[str] = (names.TOKEN_AUDIENCE,)
+    ) -> Mapping[str, Any]:
         """What the API server says of a token that is meant for us: a TokenReview's status.
+
+        Args:
+            audiences: one of these it has to be made for.
 
         Raises:
             KubeError: the server cannot be asked.
@@ -240,7 +247,7 @@ class KubeClient:
         asked = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
-            "spec": {"token": token, "audiences": [names.TOKEN_AUDIENCE]},
+            "spec": {"token": token, "audiences": list(audiences)},
         }
         answer = self._ask("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, asked)
         status = answer.get("status", {})
@@ -306,5 +313,6 @@ def _read(status: int, data: bytes, asked: str) -> dict[str, Any]:
         return found
     told = found if isinstance(found, dict) else {}
     message = told.get("message") or data[:200].decode("utf-8", "replace")
-    kind = KubeUnreachableError if status in {429, 500, 502, 503, 504} else KubeError
+    passing = status in {429, 500, 502, 503, 504} and not message.startswith(_UNKNOWN_FIELD)
+    kind = KubeUnreachableError if passing else KubeError
     raise kind(f"{asked}: {message}", status=status, reason=str(told.get("reason", "")))

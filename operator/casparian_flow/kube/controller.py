@@ -40,6 +40,7 @@ from casparian_flow.kube.reasons import EventReason
 from casparian_flow.kube.reconcile_approval import reconcile_approval
 from casparian_flow.kube.reconcile_plugin import LedgerView, PluginState, reconcile_plugin
 from casparian_flow.kube.reconcile_source import reconcile_source, source_name
+from casparian_flow.kube.refusal import is_final, refused
 from casparian_flow.kube.scaling import BUSY_COST, DELETION_COST, IDLE_COST
 from casparian_flow.kube.store import Store
 from casparian_flow.kube.work_queue import WorkQueue
@@ -140,12 +141,12 @@ class Controller:
         told = [n for command in plan.commands if (n := self._command(command)) is not None]
         if plan.commands:
             self._since[ref] = self._clock.now().mono
-        for manifest in plan.apply:
-            self._apply(manifest)
-        for scale in plan.scale:
-            self._scale(scale)
-        for gone in plan.delete:
-            self._delete(gone)
+        try:
+            self._change(plan)
+        except KubeError as error:
+            if is_final(error) and not plan.commands:
+                self._write_status(body, refused(plan, body, error, at=self._gatherer.now()))
+            raise
         if told:
             # What the ledger refuses would be refused again at once.
             self._tell(body, told)
@@ -157,6 +158,15 @@ class Controller:
         self._write_status(body, plan)
         if plan.again_s is not None:
             self._queue.add(ref, max(plan.again_s, REQUEUE_S))
+
+    def _change(self, plan: Plan) -> None:
+        """The objects that are missing, wrong or not needed any more."""
+        for manifest in plan.apply:
+            self._apply(manifest)
+        for scale in plan.scale:
+            self._scale(scale)
+        for gone in plan.delete:
+            self._delete(gone)
 
     def _write_status(self, body: Body, plan: Plan) -> None:
         if plan.status is None or not differs(plan.status, body.get("status")):

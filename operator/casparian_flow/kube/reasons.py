@@ -101,6 +101,8 @@ class DeployedReason(StrEnum):
     """A sink writes files, and `workers.outputs` names no volume to keep them."""
     SOURCE_ROOT_MISSING = "SourceRootMissing"
     """A name in `sourceRoots` belongs to no SourceRoot of the namespace."""
+    OBJECT_REFUSED = "ObjectRefused"
+    """The API server refuses an object that is needed; the message is its own."""
     WAITING = "Waiting"
     """For Verified or Provisioned."""
 
@@ -128,6 +130,9 @@ class ReadyReason(StrEnum):
     """A ReadWriteOnce claim is wanted on two nodes; the message names who holds it where."""
     PINNED = "Pinned"
     """Ready, with pods held to the one node where a ReadWriteOnce claim is mounted."""
+    OBJECT_REFUSED = "ObjectRefused"
+    """The API server refuses the source root's CronJob or what goes with it; the message is its
+    own."""
 
 
 class ScannedReason(StrEnum):
