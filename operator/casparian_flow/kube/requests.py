@@ -1,13 +1,16 @@
 """Makes an Approval object for every request in the ledger that waits for a person."""
 
+import logging
 from collections.abc import Mapping
 
 from casparian_flow.domain.scoped_names import split
-from casparian_flow.kube.client import KubeClient, KubeError
+from casparian_flow.kube.client import KubeClient, KubeError, KubeUnreachableError
 from casparian_flow.kube.kinds import Ref, ref_of
 from casparian_flow.kube.reconcile_approval import OPEN, approval_object, operation_of
 from casparian_flow.kube.store import Store
 from casparian_flow.protocol.http_types import Approval as Request
+
+log = logging.getLogger(__name__)
 
 
 class Requests:
@@ -25,7 +28,7 @@ class Requests:
         """Make the objects that are missing; returns them.
 
         Raises:
-            KubeError: the API server refuses or is away.
+            KubeUnreachableError: the API server is away.
         """
         made = []
         for request in requests.values():
@@ -42,8 +45,12 @@ class Requests:
                 # Not by apply: a decision is nobody's but a person's, also in an object that was
                 # made a moment ago.
                 self._store.put(self._client.create(manifest))
+            except KubeUnreachableError:
+                raise
             except KubeError as error:
                 if error.status != 409:
-                    raise
+                    # One request, or one namespace, must not hold up the others.
+                    log.error("no Approval for request %s: %s", request.approval_id, error)
+                    continue
             made.append(ref)
         return made

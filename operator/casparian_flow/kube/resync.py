@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from casparian_flow.domain.clock import Clock
 from casparian_flow.domain.errors import CasparianError
-from casparian_flow.kube.client import MANAGED, KubeClient
+from casparian_flow.kube.client import MANAGED, KubeClient, KubeError, KubeUnreachableError
 from casparian_flow.kube.kinds import CLAIM, MADE, OWN, Body, Kind, Ref, ref_of
 from casparian_flow.kube.store import Store
 from casparian_flow.kube.work_queue import WorkQueue
@@ -77,7 +77,8 @@ class Resync:
     Args:
         namespaces: whose objects are looked after.
         every_s: seconds between two looks.
-        done: called after each complete look, with all namespaces known.
+        done: called after each look with the namespaces that are wholly known: one in which the
+            operator may do nothing (any more) holds up no other.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Resync:
         *,
         namespaces: Sequence[str],
         every_s: float,
-        done: Callable[[], None],
+        done: Callable[[Sequence[str]], None],
     ) -> None:
         self._client = client
         self._store = store
@@ -122,21 +123,39 @@ class Resync:
         """List everything, once, and have every object of ours looked at.
 
         Raises:
-            KubeError: a list failed; what was listed until then counts.
+            KubeUnreachableError: the API server is away; what was listed until then counts.
         """
+        known = []
         for namespace in self._namespaces:
-            for kind in MADE:
-                # Claims are people's too: their access modes decide where pods can be.
-                selector = "" if kind is CLAIM else MANAGED
-                found = self._client.listing(kind, namespace, selector=selector)
-                self._store.replace(kind, namespace, found.items, found.version)
-            for kind in OWN:
-                found = self._client.listing(kind, namespace)
-                gone = self._store.replace(kind, namespace, found.items, found.version)
-                self._judge.listed(kind, namespace, found.items)
-                for ref in {ref_of(b) for b in found.items} | gone:
-                    self._queue.add(ref)
-        self._done()
+            try:
+                wanted = self._list(namespace)
+            except KubeUnreachableError:
+                raise
+            except KubeError as error:
+                log.error("namespace %s cannot be looked at: %s", namespace, error)
+                continue
+            known.append(namespace)
+            for ref in wanted:
+                self._queue.add(ref)
+        self._done(known)
+
+    def _list(self, namespace: str) -> set[Ref]:
+        """Take in all that a namespace has; returns what is there of ours, or was.
+
+        Nothing is queued before everything is known: what is gone is judged by what is there.
+        """
+        for kind in MADE:
+            # Claims are people's too: their access modes decide where pods can be.
+            selector = "" if kind is CLAIM else MANAGED
+            found = self._client.listing(kind, namespace, selector=selector)
+            self._store.replace(kind, namespace, found.items, found.version)
+        wanted: set[Ref] = set()
+        for kind in OWN:
+            found = self._client.listing(kind, namespace)
+            wanted |= self._store.replace(kind, namespace, found.items, found.version)
+            self._judge.listed(kind, namespace, found.items)
+            wanted |= {ref_of(body) for body in found.items}
+        return wanted
 
 
 def _version(body: Body) -> int:
