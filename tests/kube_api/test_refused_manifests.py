@@ -110,7 +110,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "put the value into a Secret",
     ),
     (PLUGIN, variable(name="MSSQL-USER", value="sa"), "letters, digits and '_'"),
-    (PLUGIN, variable(name="CASPARIAN_CONFIG", value="/x"), "the worker sets this one itself"),
+    *(
+        (PLUGIN, variable(name=name, value="/x"), "the worker's own variables")
+        for name in (
+            "CASPARIAN_CONFIG",
+            "CASPARIAN_TRUST__ALLOW_UNSIGNED",
+            "casparian_sandbox__require",
+            "LD_AUDIT",
+            "PYTHONUSERBASE",
+            "POD_NAME",
+        )
+    ),
     (PLUGIN, {"workers__outputs": {}}, "give either persistentVolumeClaim or csi"),
     (
         PLUGIN,

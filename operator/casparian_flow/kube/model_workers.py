@@ -81,11 +81,17 @@ class EnvVar(Part):
                 ),
             ),
             (
+                # They would win over the settings file, whom the worker trusts included, or have
+                # the container that holds keys and passwords load code from elsewhere.
                 (
-                    "!(self.name in ['CASPARIAN_CONFIG', 'PATH', 'PYTHONPATH', 'LD_PRELOAD', "
-                    "'LD_LIBRARY_PATH', 'HOME'])"
+                    "!self.name.matches('(?i)^(CASPARIAN_|LD_|PYTHON|GLIBC_|GCONV_|OPENSSL_|"
+                    "POD_|NODE_NAME$|PATH$|HOME$|TMPDIR$)') || "
+                    "self.name.matches('^CASPARIAN_MSSQL_')"
                 ),
-                "the worker sets this one itself: use another name, such as CASPARIAN_MSSQL_SERVER",
+                (
+                    "the worker's own variables and those of its interpreter are not the object's: "
+                    "use another name, such as CASPARIAN_MSSQL_SERVER"
+                ),
             ),
         )
     )
