@@ -223,6 +223,15 @@ class McpSettings(_Section):
     token: SecretStr = SecretStr("")
     """Bearer token of every HTTP request, 32 characters or more; better in
     `CASPARIAN_MCP__TOKEN`, which leaves no copy on disk. Empty: none, on loopback only."""
+    token_review: bool = False
+    """With `--http`: every request carries a token of its caller's own, and the API server of
+    Kubernetes says whose it is. Requests are then made in that name."""
+    token_audiences: tuple[str, ...] = ("casparian-mcp",)
+    """For whom such tokens have to be made; one of these is enough."""
+    allowed_users: tuple[str, ...] = ()
+    """Kubernetes users who may call, such as `system:serviceaccount:finance:ann`."""
+    allowed_groups: tuple[str, ...] = ()
+    """Kubernetes groups whose members may call. With neither users nor groups nobody may."""
 
 
 class RetentionSettings(_Section):
@@ -301,6 +310,8 @@ class OperatorSettings(_Section):
     backup_account: str = ""
     """ServiceAccount in the operator's namespace that may fetch copies of the ledger; its key goes
     into a Secret of the same name. Empty: nobody's."""
+    mcp_account: str = ""
+    """Likewise, ServiceAccount of the MCP server, which may look and ask."""
 
 
 class TrustedKeySettings(_Section):

@@ -332,7 +332,7 @@ def test_a_run_of_somebody_else_is_not_cancelled_and_a_trial_is(place: McpPlace)
         trial = control.api.create_job(HttpJobType.BACKTEST, "people", None, "/data")
     text, failed = tools.call("casparian_job_cancel", {"job_id": theirs})
     assert failed
-    assert "not asked for here" in text
+    assert "not asked for by" in text
     for expected in ("cancelled", "already_completed"):
         text, failed = tools.call("casparian_job_cancel", {"job_id": trial})
         assert json.loads(text)["status"] == expected

@@ -11,9 +11,9 @@ from ledger_kit import ManualClock
 
 from casparian_flow.db import exchange
 from casparian_flow.domain.errors import NotPermittedError
-from casparian_flow.kube.backup_access import backup_keys, keep_backup_secret
 from casparian_flow.kube.client import KubeClient
 from casparian_flow.kube.curve_keys import KeyRing
+from casparian_flow.kube.service_access import BACKUP, keep_service_secret, service_keys
 from casparian_flow.protocol.curve import CLIENT_SECRET, SERVER_PUBLIC
 from casparian_flow.sentinel.control import remote
 from casparian_flow.services.backup import backup
@@ -54,17 +54,17 @@ def test_an_edited_secret_is_put_right_and_a_right_one_is_left_alone(
 ) -> None:
     keys = KeyRing.open(tmp_path / "curve")
     client = KubeClient.connect(api.kubeconfig)
-    assert keep_backup_secret(client, keys, space, ACCOUNT)
+    assert keep_service_secret(client, BACKUP, keys, space, ACCOUNT)
     right = api.client.get("v1", "Secret", ACCOUNT, space)
-    assert not keep_backup_secret(client, keys, space, ACCOUNT)
+    assert not keep_service_secret(client, BACKUP, keys, space, ACCOUNT)
     api.client.patch("v1", "Secret", ACCOUNT, {"data": {SERVER_PUBLIC: "YWhh"}}, space)
-    assert keep_backup_secret(client, keys, space, ACCOUNT)
+    assert keep_service_secret(client, BACKUP, keys, space, ACCOUNT)
     assert api.client.get("v1", "Secret", ACCOUNT, space)["data"] == right["data"]
     client.close()
 
 
 def test_without_backups_there_is_no_key(tmp_path: Path) -> None:
     keys = KeyRing.open(tmp_path / "curve")
-    assert backup_keys(keys, "flow", "") == {}
-    (whom,) = backup_keys(keys, "flow", ACCOUNT).values()
+    assert service_keys(BACKUP, keys, "flow", "") == {}
+    (whom,) = service_keys(BACKUP, keys, "flow", ACCOUNT).values()
     assert (whom.kind, whom.namespace, whom.service_account) == ("backup", "flow", ACCOUNT)

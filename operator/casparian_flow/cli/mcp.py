@@ -1,12 +1,18 @@
 """`casparian mcp`: serving a model's client."""
 
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
 import click
 
 from casparian_flow.cli.context import App, CommandGroup, pass_app
-from casparian_flow.config import overridden
+from casparian_flow.config import McpSettings, overridden
 from casparian_flow.domain.clock import SystemClock
 from casparian_flow.domain.errors import ConfigError, UsageError
 from casparian_flow.logs import start_logging
+
+if TYPE_CHECKING:
+    from casparian_flow.mcp_server.serving import Guard
 
 
 @click.group(cls=CommandGroup)
@@ -56,8 +62,35 @@ def serve(app: App, http: bool, host: str | None, port: int | None) -> None:
     if not http:
         serving.serve_stdio(server)
         return
-    token = settings.mcp.token.get_secret_value()
-    serving.serve_http(server, settings.mcp.host, settings.mcp.port, token, _tell)
+    with ExitStack() as stack:
+        guard = _guard(settings.mcp, stack)
+        serving.serve_http(server, settings.mcp.host, settings.mcp.port, guard, _tell)
+
+
+def _guard(mcp: McpSettings, stack: ExitStack) -> "Guard":
+    """Who may call over HTTP.
+
+    Raises:
+        ConfigError: everybody might, or nobody could be told from others.
+    """
+    from casparian_flow.mcp_server.serving import ReviewedTokens, one_token
+
+    if not mcp.token_review:
+        return one_token(mcp.token.get_secret_value(), mcp.host)
+    try:
+        from casparian_flow.kube.client import KubeClient
+        from casparian_flow.kube.token_review import caller_reviewer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"token_review needs the library {error.name}",
+            hint="Install it: pip install 'casparian-flow[kubernetes]'.",
+        ) from error
+    if not mcp.token_audiences:
+        raise ConfigError("token_audiences is empty", hint="Name one, such as casparian-mcp.")
+    client = KubeClient.connect()
+    stack.callback(client.close)
+    review = caller_reviewer(client, mcp.token_audiences, mcp.allowed_users, mcp.allowed_groups)
+    return ReviewedTokens(review, SystemClock())
 
 
 def _tell(address: str) -> None:

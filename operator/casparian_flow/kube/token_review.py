@@ -1,8 +1,9 @@
-"""Whose token a worker has shown, by the API server's word."""
+"""Whose token a worker or a person has shown, by the API server's word."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from casparian_flow.domain.errors import NotPermittedError
 from casparian_flow.kube import names
 from casparian_flow.kube.client import KubeClient
 from casparian_flow.sentinel.admission import PodIdentity, Review
@@ -35,3 +36,43 @@ def pod_identity(status: Mapping[str, Any]) -> PodIdentity | None:
     if not username.startswith(_ACCOUNT) or not colon or len(pods) != 1:
         return None
     return PodIdentity(namespace, account, str(pods[0]))
+
+
+def caller_reviewer(
+    client: KubeClient,
+    audiences: Sequence[str],
+    users: Collection[str],
+    groups: Collection[str],
+) -> Callable[[str], str | None]:
+    """Judges tokens of callers by TokenReview: whose it is, None for one that proves nothing.
+
+    Raises, when called:
+        NotPermittedError: the token is good, and its owner may not call.
+        KubeError: the API server cannot be asked.
+    """
+
+    def review(token: str) -> str | None:
+        return caller_of(client.review(token, audiences), audiences, users, groups)
+
+    return review
+
+
+def caller_of(
+    status: Mapping[str, Any],
+    audiences: Sequence[str],
+    users: Collection[str],
+    groups: Collection[str],
+) -> str | None:
+    """Who a TokenReview's status says it is, by Kubernetes' name; as `caller_reviewer`."""
+    if not status.get("authenticated") or not set(audiences) & set(status.get("audiences", ())):
+        return None
+    user = status.get("user", {})
+    name = str(user.get("username", ""))
+    if not name:
+        return None
+    if name not in users and not set(groups) & set(user.get("groups") or ()):
+        raise NotPermittedError(
+            f"{name} may not call this server",
+            hint="[mcp] allowed_users and allowed_groups say who may.",
+        )
+    return name

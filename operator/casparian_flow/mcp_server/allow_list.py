@@ -66,6 +66,17 @@ class AllowList:
         finally:
             os.close(descriptor)
 
+    def named(self, text: str) -> str:
+        """The path of a folder on another machine, as it is spelled.
+
+        Raises:
+            UsageError: no absolute path, or none in reach.
+        """
+        path = _spelled(text)
+        if not any(_within(path, root) for root in self._spelled):
+            raise self._refused(text)
+        return path_to_text(path)
+
     def _beneath(self, path: str, text: str) -> tuple[str, tuple[str, ...]]:
         """The root that `path` is in, and the parts from there, no link among them."""
         # By its spelling first: what is outside is not even looked at.

@@ -1,15 +1,18 @@
-"""The way to the control plane, for one call at a time.
+"""The way to the control plane, for one call at a time, on behalf of one caller.
 
 Each call connects anew: to the Sentinel that runs now, or, if none does, to the ledger opened in
 this process and closed again afterwards. A server that kept the ledger open would keep everybody
 else out of it, first of all the person who is to approve what was asked for.
 """
 
+import copy
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Self
 
 from casparian_flow.config import Settings
 from casparian_flow.domain.clock import Clock
@@ -18,7 +21,9 @@ from casparian_flow.domain.paths import text_to_path
 from casparian_flow.mcp_server.allow_list import AllowList
 from casparian_flow.mcp_server.query import QueryLimits
 from casparian_flow.mcp_server.redaction import RedactionMode, Redactor, stricter
+from casparian_flow.sentinel.caller import user_name
 from casparian_flow.sentinel.control import ControlClient
+from casparian_flow.services.backup import COPY_NAME, fetch_copy
 
 Connector = Callable[[Settings], ControlClient]
 
@@ -28,6 +33,10 @@ class Desk:
 
     Args:
         connector: how the control plane is reached.
+
+    Attributes:
+        caller: in whose name requests are made; by default this process's user.
+        elsewhere: whether the Sentinel is on another machine, with ledger and files.
     """
 
     def __init__(self, settings: Settings, connector: Connector, clock: Clock) -> None:
@@ -37,6 +46,15 @@ class Desk:
         self._key = os.urandom(32)
         # One ledger is opened at most once in a process.
         self._turn = threading.Lock()
+        self.caller = user_name(os.geteuid())
+        address = settings.sentinel.control_address
+        self.elsewhere = settings.wire.curve_dir is not None and address.startswith("tcp://")
+
+    def on_behalf_of(self, caller: str) -> Self:
+        """The same desk, for somebody else."""
+        other = copy.copy(self)
+        other.caller = caller
+        return other
 
     @contextmanager
     def control(self) -> Iterator[ControlClient]:
@@ -52,7 +70,8 @@ class Desk:
                 f"there is no ledger {location} yet",
                 hint="A person makes it: casparian source add FOLDER, then casparian start.",
             )
-        with self._turn, self._connector(self.settings) as control:
+        turn = nullcontext() if self.elsewhere else self._turn
+        with turn, self._connector(self.settings) as control:
             yield control
 
     def allowed(self, control: ControlClient) -> AllowList:
@@ -63,6 +82,23 @@ class Desk:
         rows = control.list_sources()
         return AllowList(text_to_path(str(row["path"])) for row in rows if row["active"])
 
+    @contextmanager
+    def folder(self, control: ControlClient, text: str) -> Iterator[str]:
+        """A folder in reach, by its path, while the block runs: as `AllowList.open`.
+
+        Of files elsewhere the ledger knows what Scouts have found, and a path counts as it is
+        spelled: nothing is opened here.
+
+        Raises:
+            UsageError: it is not in reach.
+        """
+        allowed = self.allowed(control)
+        if self.elsewhere:
+            yield allowed.named(text)
+            return
+        with allowed.open(text) as folder:
+            yield folder.path
+
     def redactor(self, asked: RedactionMode | None) -> Redactor:
         """Raises:
         NotPermittedError: less is asked for than the configuration allows.
@@ -72,7 +108,19 @@ class Desk:
     def snapshot(self) -> str:
         """Path of a copy of the ledger, which the caller deletes."""
         with self.control() as control:
-            return control.snapshot()
+            return self._fetched(control) if self.elsewhere else control.snapshot()
+
+    @staticmethod
+    def _fetched(control: ControlClient) -> str:
+        descriptor, path = tempfile.mkstemp(prefix="casparian-", suffix=f"-{COPY_NAME}")
+        os.close(descriptor)
+        try:
+            fetch_copy(control, Path(path))
+        except BaseException:
+            for left in (Path(path), Path(path + ".wal")):
+                left.unlink(missing_ok=True)
+            raise
+        return path
 
     def query_limits(self) -> QueryLimits:
         mcp = self.settings.mcp

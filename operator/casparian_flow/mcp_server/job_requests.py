@@ -1,7 +1,6 @@
 """What a client may have done: trials that publish nothing, and requests that a person decides."""
 
 import json
-import os
 import shlex
 import threading
 from datetime import UTC, timedelta
@@ -27,7 +26,6 @@ from casparian_flow.protocol.http_types import (
     ViolationSummary,
 )
 from casparian_flow.sentinel.api import ApiStore
-from casparian_flow.sentinel.caller import user_name
 
 Answer = dict[str, Any]
 PREVIEW_FILES_MAX: Final = 10
@@ -62,7 +60,7 @@ def run(
         ConflictError: PENDING_MAX requests wait already.
         NotFoundError, UsageError: no such plugin, folder or sink.
     """
-    with desk.control() as control, desk.allowed(control).open(input_dir) as folder:
+    with desk.control() as control, desk.folder(control, input_dir) as folder:
         waiting = control.api.list_approvals(ApprovalStatus.PENDING, PENDING_MAX)
         if len(waiting) >= PENDING_MAX:
             raise ConflictError(
@@ -72,24 +70,27 @@ def run(
         approval = control.api.request_run(
             plugin,
             version,
-            folder.path,
+            folder,
             output,
             spec=JobSpec(schemas=schemas),
             expires_in=timedelta(minutes=desk.settings.mcp.approval_minutes),
-            requester=user_name(os.geteuid()),
+            requester=desk.caller,
         )
     return {
         "approval_id": approval.approval_id,
         "status": "pending_approval",
         "summary": approval.summary,
         "expires_at": approval.expires_at.replace(tzinfo=UTC).isoformat(),
-        "approve_command": approve_command(desk.settings.file, approval),
+        "approve_command": approve_command(desk.settings.file, approval, on_cluster=desk.elsewhere),
     }
 
 
-def approve_command(config: Path | None, approval: Approval) -> str:
+def approve_command(config: Path | None, approval: Approval, *, on_cluster: bool) -> str:
     """What a person types, wherever they are."""
     words = ["casparian", "mcp", "approve", approval.approval_id]
+    if on_cluster:
+        # The name of the cluster is the person's own.
+        return shlex.join([words[0], "--context", "CONTEXT", *words[1:]])
     if config is not None and config.is_file():
         words[1:1] = ["--config", path_to_text(str(config))]
     return shlex.join(words)
@@ -156,7 +157,7 @@ def _start(
     spec: JobSpec,
 ) -> tuple[int, bool]:
     """(the job's id, whether a Sentinel is there to carry it out)."""
-    with desk.control() as control, desk.allowed(control).open(input_dir) as folder:
+    with desk.control() as control, desk.folder(control, input_dir) as folder:
         unfinished = [
             job
             for status in (HttpJobStatus.QUEUED, HttpJobStatus.RUNNING)
@@ -168,7 +169,7 @@ def _start(
                 f"{TRIALS_MAX} backtests and previews are not finished",
                 hint="Wait for them, or cancel one with casparian_job_cancel.",
             )
-        job_id = control.api.start_job(kind, plugin, version, folder.path, spec=spec)
+        job_id = control.api.start_job(kind, plugin, version, folder, spec=spec)
         return job_id, bool(control.status().get("sentinel"))
 
 
@@ -253,7 +254,7 @@ def _merge(
     merged[key] = violation
 
 
-def cancel(api: ApiStore, job_id: int) -> str:
+def cancel(api: ApiStore, job_id: int, caller: str) -> str:
     """ "cancelled", "already_completed" or "not_found".
 
     Raises:
@@ -264,14 +265,14 @@ def cancel(api: ApiStore, job_id: int) -> str:
         return "not_found"
     if job.status.is_terminal:
         return "already_completed"
-    if job.job_type is HttpJobType.RUN and not _asked_here(api, job):
+    if job.job_type is HttpJobType.RUN and not _asked_by(caller, api, job):
         raise NotPermittedError(
-            f"job {job_id} is a run that was not asked for here",
+            f"job {job_id} is a run that was not asked for by {caller}",
             hint="A person may cancel it.",
         )
     return "cancelled" if api.cancel_job(job_id) else "already_completed"
 
 
-def _asked_here(api: ApiStore, job: HttpJob) -> bool:
+def _asked_by(caller: str, api: ApiStore, job: HttpJob) -> bool:
     approval = api.get_approval(job.approval_id) if job.approval_id else None
-    return approval is not None and approval.requester == user_name(os.geteuid())
+    return approval is not None and approval.requester == caller

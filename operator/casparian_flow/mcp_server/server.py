@@ -18,6 +18,7 @@ from casparian_flow.domain.errors import CasparianError, UsageError
 from casparian_flow.mcp_server.audit import AuditError, AuditLog
 from casparian_flow.mcp_server.budget import as_json, fitted
 from casparian_flow.mcp_server.desk import Desk
+from casparian_flow.mcp_server.serving import caller_of
 from casparian_flow.mcp_server.tools import TOOLS, Tool
 
 CALLS_MAX: Final = 4
@@ -77,30 +78,36 @@ class ToolServer:
 
     async def _call_tool(
         self,
-        _context: ServerRequestContext[dict[str, Any]],
+        context: ServerRequestContext[dict[str, Any]],
         params: types.CallToolRequestParams,
     ) -> types.CallToolResult:
+        caller = caller_of(context.request)
         text, failed = await anyio.to_thread.run_sync(
-            partial(self.call, params.name, params.arguments or {}), limiter=self._limiter
+            partial(self.call, params.name, params.arguments or {}, caller), limiter=self._limiter
         )
         return types.CallToolResult(
             content=[types.TextContent(type="text", text=text)], is_error=failed
         )
 
-    def call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
+    def call(self, name: str, arguments: dict[str, Any], caller: str = "") -> tuple[str, bool]:
         """(answer as JSON, or what went wrong in plain words; whether it went wrong).
+
+        Args:
+            caller: who asks, if the transport knows; else this process's user.
 
         Raises:
             MCPError: there is no such tool.
         """
         started = self._desk.clock.now()
+        desk = self._desk.on_behalf_of(caller) if caller else self._desk
         try:
             self._audit.require()
-            text, outcome = self._carried_out(name, arguments)
+            text, outcome = self._carried_out(desk, name, arguments)
             self._audit.write(
                 {
                     "at": f"{utc(started.wall_us).isoformat()}Z",
                     "transport": self._transport,
+                    "caller": desk.caller,
                     "tool": name[:200],
                     "arguments": arguments,
                     "outcome": outcome,
@@ -116,12 +123,12 @@ class ToolServer:
             raise MCPError(types.INVALID_PARAMS, text)
         return text, outcome != "ok"
 
-    def _carried_out(self, name: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    def _carried_out(self, desk: Desk, name: str, arguments: dict[str, Any]) -> tuple[str, str]:
         tool = TOOLS.get(name)
         if tool is None:
             return f"there is no tool {name[:80]!r}", "refused"
         try:
-            answer = tool.run(self._desk, _checked(tool, arguments))
+            answer = tool.run(desk, _checked(tool, arguments))
             return fitted(answer, tool.lists), "ok"
         except UsageError as error:
             return error.with_hint(), "refused"

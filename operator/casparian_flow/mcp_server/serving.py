@@ -1,27 +1,43 @@
 """Serving over standard input and output, or over HTTP."""
 
+import hashlib
 import hmac
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import anyio
+import anyio.to_thread
 import uvicorn
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from casparian_flow.domain.errors import ConfigError
+from casparian_flow.domain.clock import Clock
+from casparian_flow.domain.errors import CasparianError, ConfigError, NotPermittedError
 
 PATH: Final = "/mcp"
 TOKEN_CHARS_MIN: Final = 32
 BODY_BYTES_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 64
+CALLER: Final = "casparian.caller"
+"""Key of a request's scope: who its token says it is."""
+REVIEWED_S: Final = 30.0
+"""How long what was said of a token counts; so long may one that was withdrawn go on."""
+REVIEWED_MAX: Final = 1024
+REVIEWED_CHARS_MAX: Final = 16_384
+REVIEWS_MAX: Final = 8
+"""Tokens under review at a time; further ones wait."""
 log = logging.getLogger(__name__)
 SdkServer = Server[dict[str, Any]]
+Identify = Callable[[str], str | None]
+"""Says whose a token is, None if nobody's; may take its time, and be called in several threads.
+Raises NotPermittedError for somebody who may not call, another CasparianError if it cannot tell."""
 
 
 def serve_stdio(server: SdkServer) -> None:
@@ -35,19 +51,21 @@ def serve_stdio(server: SdkServer) -> None:
 
 
 def serve_http(
-    server: SdkServer, host: str, port: int, token: str, listening: Callable[[str], None]
+    server: SdkServer,
+    host: str,
+    port: int,
+    guard: "Guard",
+    listening: Callable[[str], None],
 ) -> None:
     """Serve clients at http://host:port/mcp until this process is asked to stop.
 
     Args:
-        token: bearer token that every request must carry; "" asks for none.
+        guard: who may call.
         listening: told the address as soon as clients can connect.
 
     Raises:
-        ConfigError: an address beyond this machine without a token, a token that could be
-            guessed, or an address that cannot be taken.
+        ConfigError: an address that cannot be taken.
     """
-    check_exposure(host, token)
     listener = _listener(host, port)
     try:
         inner = server.streamable_http_app(
@@ -55,10 +73,10 @@ def serve_http(
             json_response=True,
             stateless_http=True,
             max_request_body_size=BODY_BYTES_MAX,
-            transport_security=_headers_checked(host),
+            transport_security=_headers_checked(host, guard),
         )
         config = uvicorn.Config(
-            BearerToken(inner, token) if token else inner,
+            guard(inner),
             log_config=None,
             access_log=False,
             limit_concurrency=CONNECTIONS_MAX,
@@ -73,7 +91,7 @@ def serve_http(
         listener.close()
 
 
-def _headers_checked(host: str) -> TransportSecuritySettings:
+def _headers_checked(host: str, guard: "Guard") -> TransportSecuritySettings:
     """Which Host and Origin requests may carry.
 
     On loopback only its own names: a page in a browser whose name was made to point here has
@@ -81,7 +99,7 @@ def _headers_checked(host: str) -> TransportSecuritySettings:
     """
     names = [f"{name}:*" for name in (_in_url(host), "127.0.0.1", "localhost", "[::1]")]
     return TransportSecuritySettings(
-        enable_dns_rebinding_protection=is_loopback(host),
+        enable_dns_rebinding_protection=is_loopback(host) and not isinstance(guard, ReviewedTokens),
         allowed_hosts=names,
         allowed_origins=[f"http://{name}" for name in names],
     )
@@ -137,22 +155,116 @@ def _listener(host: str, port: int) -> socket.socket:
     return listener
 
 
+Guard = Callable[[ASGIApp], ASGIApp]
+"""Wraps what is served, so that only those reach it who may."""
+
+
+def one_token(token: str, host: str) -> Guard:
+    """Whoever has this token may call; "" lets everybody on this machine in.
+
+    Raises:
+        ConfigError: an address beyond this machine without a token, or a token that could be
+            guessed.
+    """
+    check_exposure(host, token)
+    return lambda inner: BearerToken(inner, token) if token else inner
+
+
+def caller_of(request: object) -> str:
+    """Who has sent a request; "" where nobody was asked to prove it."""
+    scope = getattr(request, "scope", None)
+    return str(scope.get(CALLER, "")) if isinstance(scope, dict) else ""
+
+
+def _bearer(scope: Scope) -> bytes | None:
+    """The token that a request carries, None for none, or several."""
+    given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+    if len(given) != 1 or not given[0].startswith(b"Bearer "):
+        return None
+    return bytes(given[0].removeprefix(b"Bearer "))
+
+
+async def _refuse(
+    send: Send, status: int, text: str = "", headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    body = text.encode()
+    length = (b"content-length", str(len(body)).encode())
+    kind = (b"content-type", b"text/plain; charset=utf-8")
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [length, kind, *headers]}
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+_ASK = (b"www-authenticate", b"Bearer")
+
+
 class BearerToken:
     """Lets requests pass that carry the token; the others get 401 and nothing else."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._expected = b"Bearer " + token.encode("ascii")
+        self._expected = token.encode("ascii")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._carried(scope):
             await self._app(scope, receive, send)
-            return
-        headers = [(b"www-authenticate", b"Bearer"), (b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+        else:
+            await _refuse(send, 401, headers=[_ASK])
 
     def _carried(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        given = _bearer(scope)
         # In constant time: how long a comparison takes must not tell how much of it is right.
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        return given is not None and hmac.compare_digest(given, self._expected)
+
+
+class ReviewedTokens:
+    """A guard that lets requests pass whose token is somebody's who may call, in that name.
+
+    The others get 401 (whose it is cannot be told from it), 403 (who it is may not call), or 503
+    (nobody can tell at present). What was said of a token is remembered for a short while, under
+    its hash.
+    """
+
+    def __init__(self, identify: Identify, clock: Clock) -> None:
+        self._identify = identify
+        self._clock = clock
+        self._known: OrderedDict[bytes, tuple[float, str | None]] = OrderedDict()
+
+    def __call__(self, app: ASGIApp) -> ASGIApp:
+        limiter = anyio.CapacityLimiter(REVIEWS_MAX)
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "lifespan":
+                await app(scope, receive, send)
+                return
+            try:
+                caller = await self._caller(_bearer(scope), limiter)
+            except NotPermittedError as error:
+                await _refuse(send, 403, error.with_hint())
+            except CasparianError as error:
+                log.warning("a caller's token could not be reviewed: %s", error.with_hint())
+                await _refuse(send, 503, "tokens cannot be reviewed at present")
+            else:
+                if caller is None:
+                    await _refuse(send, 401, headers=[_ASK])
+                else:
+                    await app({**scope, CALLER: caller}, receive, send)
+
+        return guarded
+
+    async def _caller(self, token: bytes | None, limiter: anyio.CapacityLimiter) -> str | None:
+        if not token or len(token) > REVIEWED_CHARS_MAX or not token.isascii():
+            return None
+        digest, mono = hashlib.sha256(token).digest(), self._clock.now().mono
+        known = self._known.get(digest)
+        if known is not None and known[0] > mono:
+            return known[1]
+        found = await anyio.to_thread.run_sync(
+            partial(self._identify, token.decode("ascii")), limiter=limiter
+        )
+        self._known[digest] = (mono + REVIEWED_S, found)
+        self._known.move_to_end(digest)
+        while len(self._known) > REVIEWED_MAX:
+            self._known.popitem(last=False)
+        return found

@@ -4,6 +4,7 @@ None of them has a lasting effect of its own. What would have one becomes a requ
 a person; deciding is not offered. Backtests and previews publish nothing.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from casparian_flow.db.api_checks import ID_MAX
-from casparian_flow.domain.errors import NotFoundError
+from casparian_flow.domain.errors import NotFoundError, UsageError
 from casparian_flow.mcp_server import job_requests
 from casparian_flow.mcp_server.allow_list import PATH_CHARS_MAX
 from casparian_flow.mcp_server.budget import ROWS_MAX, fitting
@@ -155,6 +156,11 @@ def plugins(desk: Desk, asked: PluginsArguments) -> Answer:
 def scan_folder(desk: Desk, asked: ScanArguments) -> Answer:
     with desk.control() as control:
         allowed = desk.allowed(control)
+    if desk.elsewhere and not os.path.isdir(allowed.named(asked.path)):
+        raise UsageError(
+            f"{asked.path[:200]!r} is not mounted where this server runs",
+            hint="casparian_query tells what Scouts have found: SELECT * FROM cf_file_location.",
+        )
     with allowed.open(asked.path) as folder:
         return scan(
             folder,
@@ -208,7 +214,8 @@ def job_status(desk: Desk, asked: JobStatusArguments) -> Answer:
 
 def job_cancel(desk: Desk, asked: JobArguments) -> Answer:
     with desk.control() as control:
-        return {"job_id": asked.job_id, "status": job_requests.cancel(control.api, asked.job_id)}
+        told = job_requests.cancel(control.api, asked.job_id, desk.caller)
+    return {"job_id": asked.job_id, "status": told}
 
 
 def job_list(desk: Desk, asked: JobListArguments) -> Answer:

@@ -45,7 +45,7 @@ def backup(control: ControlApi, folder: Path, *, keep: int, clock: Clock) -> Pat
         _remove_drafts(folder)
         draft.mkdir(parents=True)
         copy = draft / COPY_NAME
-        _fetch(control, copy)
+        fetch_copy(control, copy)
         _export(copy, draft / "export")
         _sync(draft / "export")
         (draft / "export").rename(target)
@@ -67,7 +67,13 @@ def _remove_drafts(folder: Path) -> None:
         shutil.rmtree(draft)
 
 
-def _fetch(control: ControlApi, target: Path) -> None:
+def fetch_copy(control: ControlApi, target: Path) -> None:
+    """Have a consistent copy of the ledger behind `control` here, with its write-ahead log beside.
+
+    Raises:
+        SentinelUnreachableError: the Sentinel went away.
+        OSError: it cannot be written.
+    """
     name = Path(control.snapshot()).name
     try:
         for suffix in ("", _WAL):

@@ -1,7 +1,8 @@
-"""The key with which backups fetch copies of the ledger: admitted, and kept in its Secret."""
+"""Keys of the installation's other services, backups and the MCP server: admitted, and kept in
+their Secrets."""
 
 import base64
-from typing import Final
+from typing import Final, Literal
 
 from casparian_flow.kube import names
 from casparian_flow.kube.client import KubeClient
@@ -15,28 +16,34 @@ from casparian_flow.protocol.curve import (
 )
 from casparian_flow.sentinel.admission import Principal
 
-BACKUP: Final = "backup"
+Service = Literal["backup", "mcp"]
+BACKUP: Final[Service] = "backup"
+MCP: Final[Service] = "mcp"
 
 
-def backup_keys(keys: KeyRing, namespace: str, account: str) -> dict[str, Principal]:
-    """The keys that backups may have; {} without an account.
+def service_keys(
+    service: Service, keys: KeyRing, namespace: str, account: str
+) -> dict[str, Principal]:
+    """The keys that a service may have; {} without an account.
 
     Args:
-        account: the ServiceAccount of their pods, in the operator's namespace; "" for none.
+        account: the ServiceAccount of its pods, in the operator's namespace; "" for none.
     """
     if not account:
         return {}
-    whom = Principal("backup", namespace, account)
-    return dict.fromkeys(keys.admitted(BACKUP, namespace, account), whom)
+    whom = Principal(service, namespace, account)
+    return dict.fromkeys(keys.admitted(service, namespace, account), whom)
 
 
-def keep_backup_secret(client: KubeClient, keys: KeyRing, namespace: str, account: str) -> bool:
+def keep_service_secret(
+    client: KubeClient, service: Service, keys: KeyRing, namespace: str, account: str
+) -> bool:
     """Have the Secret of the account's name hold its key; whether that had to be written.
 
     Raises:
         KubeError: it cannot be read or written.
     """
-    wanted = _secret(keys, namespace, account)
+    wanted = _secret(service, keys, namespace, account)
     there = client.get(SECRET, namespace, account)
     if there is not None and there.get("data") == wanted["data"]:
         return False
@@ -44,9 +51,9 @@ def keep_backup_secret(client: KubeClient, keys: KeyRing, namespace: str, accoun
     return True
 
 
-def _secret(keys: KeyRing, namespace: str, account: str) -> Manifest:
+def _secret(service: Service, keys: KeyRing, namespace: str, account: str) -> Manifest:
     files = {
-        CLIENT_SECRET: secret_text(keys.issued(BACKUP, namespace, account)),
+        CLIENT_SECRET: secret_text(keys.issued(service, namespace, account)),
         SERVER_PUBLIC: public_text(keys.server.public),
     }
     return {
@@ -55,7 +62,7 @@ def _secret(keys: KeyRing, namespace: str, account: str) -> Manifest:
         "metadata": {
             "name": account,
             "namespace": namespace,
-            "labels": dict(names.labels(BACKUP)),
+            "labels": dict(names.labels(service)),
         },
         "type": "Opaque",
         "data": {name: base64.b64encode(text.encode()).decode() for name, text in files.items()},
