@@ -33,7 +33,6 @@ from casparian_flow.domain.errors import (
 )
 from casparian_flow.kube import names
 from casparian_flow.kube.autoscaler import Autoscaler
-from casparian_flow.kube.backup_access import backup_keys, keep_backup_secret
 from casparian_flow.kube.client import KubeClient
 from casparian_flow.kube.controller import Controller
 from casparian_flow.kube.curve_keys import KeyRing, folder_of
@@ -47,6 +46,7 @@ from casparian_flow.kube.manifests_common import Site
 from casparian_flow.kube.pod_settings import site_of
 from casparian_flow.kube.requests import Requests
 from casparian_flow.kube.resync import Resync, WatchJudge
+from casparian_flow.kube.service_access import BACKUP, MCP, keep_service_secret, service_keys
 from casparian_flow.kube.store import Store
 from casparian_flow.kube.token_review import reviewer
 from casparian_flow.kube.work_queue import WorkQueue
@@ -343,16 +343,20 @@ class Operator:
         self._reload()
         self.requests.make(self.looks.requests(self._clock.now().mono))
         self.controller.retire_orphans(namespaces)
-        self._let_backups_in()
+        self._let_services_in()
         self._synced.set()
 
-    def _let_backups_in(self) -> None:
-        """Have the key of backups admitted and in its Secret, if there are to be any."""
-        account, namespace = self._settings.operator.backup_account, self.config.namespace
-        keys = backup_keys(self._keys, namespace, account)
-        self.controller.admit(Ref("ServiceAccount", namespace, account), keys)
-        if account and keep_backup_secret(self.client, self._keys, namespace, account):
-            log.info("wrote the key of backups into Secret %s/%s", namespace, account)
+    def _let_services_in(self) -> None:
+        """Have the keys of backups and of the MCP server admitted and in their Secrets, if there
+        are to be any."""
+        own, namespace = self._settings.operator, self.config.namespace
+        for service, account in ((BACKUP, own.backup_account), (MCP, own.mcp_account)):
+            keys = service_keys(service, self._keys, namespace, account)
+            self.controller.admit(Ref(f"ServiceAccount/{service}", namespace, account), keys)
+            if account and keep_service_secret(
+                self.client, service, self._keys, namespace, account
+            ):
+                log.info("wrote the key of %s into Secret %s/%s", service, namespace, account)
 
     def _reload(self) -> None:
         """Take settings and keys in that have changed: whom pods trust, master keys."""
