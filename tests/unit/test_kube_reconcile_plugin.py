@@ -159,6 +159,14 @@ def test_scaling_is_no_repair() -> None:
     assert plan.notes == []
 
 
+def test_workers_stay_as_they_are_until_the_queue_was_looked_at() -> None:
+    state = state_of(ledger=ledger(Standing.ACTIVE), replicas={judged().artifact_hash: 2})
+    for _ in range(2):
+        state = after(state, reconcile_plugin(state))
+    plan = reconcile_plugin(replace(state, replicas={}))
+    assert (plan.apply, plan.scale) == ([], [])
+
+
 def test_the_same_version_with_other_bytes_is_refused() -> None:
     other = ledger(Standing.ACTIVE, artifact_hash="f" * 64)
     plan = reconcile_plugin(state_of(ledger=other))

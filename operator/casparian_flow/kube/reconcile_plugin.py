@@ -462,12 +462,21 @@ def _set(state: PluginState, of: Judgement, *, signer: str) -> WorkerSet:
         lock_hash=of.lock_hash,
         roots=roots,
         client_key=state.client_keys.get(name, ""),
-        replicas=0 if spec.suspend else state.replicas.get(of.artifact_hash, 0),
+        replicas=0 if spec.suspend else _replicas(state, name, of.artifact_hash),
         deployed_at_us=known.deployed_at_us if known is not None else 0,
         one_node=bool(of.embedded()),
         single_node_claims=tuple(sorted(c for c in claims if single_node(state.claims.get(c)))),
         open_egress=of.writes_to_servers,
     )
+
+
+def _replicas(state: PluginState, name: str, artifact_hash: str) -> int:
+    """What the queue wants; what is there, as long as it was not looked at: after a start."""
+    wanted = state.replicas.get(artifact_hash)
+    if wanted is not None:
+        return wanted
+    found = state.found(Ref(DEPLOYMENT.name, state.namespace, name))
+    return 0 if found is None else int(found.get("spec", {}).get("replicas") or 0)
 
 
 def _sets(state: PluginState, wanted: WorkerSet | None) -> list[WorkerSet]:
