@@ -1,13 +1,15 @@
 """Tests on a real cluster: an existing one, one that `make cluster-up` made, or one of their own.
 
 The cluster is made before the first test, outside of any test's time limit, and removed after the
-last, unless it was there before. When a test has failed, logs are kept in build/cluster-logs.
+last, unless it was made to stay or others use it. When a test has failed, logs are kept in
+build/cluster-logs.
 """
 
 import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ LOGS = HERE.parents[1] / "build" / "cluster-logs"
 EXISTING = os.environ.get("CASPARIAN_TEST_KUBECONFIG")
 NAME = os.environ.get("CASPARIAN_TEST_CLUSTER", kind.DEFAULT_NAME)
 _CLUSTER = pytest.StashKey[kind.Cluster]()
-_OURS = pytest.StashKey[bool]()
+_HELD = pytest.StashKey[ExitStack]()
 _FAILURE = pytest.StashKey[str]()
 # Nodes that are missed and images that are loaded take their time, more so on a busy machine.
 TEST_S = 600
@@ -45,25 +47,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = any(item.path.is_relative_to(HERE) for item in session.items)
     if config.option.collectonly or not wanted or EXISTING or machine.why_not():
         return
-    with uncaptured(config):
+    with uncaptured(config), ExitStack() as held:
         try:
-            config.stash[_OURS] = kind.find(NAME) is None
-            config.stash[_CLUSTER] = kind.up(NAME)
+            config.stash[_CLUSTER] = held.enter_context(kind.using(NAME))
         except HarnessError as error:
             config.stash[_FAILURE] = str(error)
+        config.stash[_HELD] = held.pop_all()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     made = config.stash.get(_CLUSTER, None)
-    with uncaptured(config):
+    with uncaptured(config), config.stash.get(_HELD, ExitStack()):
         if made is not None and session.testsfailed:
             shutil.rmtree(LOGS, ignore_errors=True)
             made.save_logs(LOGS)
             say(f"logs of the cluster are in {LOGS}")
-        if config.stash.get(_OURS, False):
-            kind.down(NAME)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +103,8 @@ def space(kube: ApiClient) -> Iterator[str]:
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     meta = {"name": name, "labels": labels}
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+    # Without it no pod is admitted; controllers may be late, as after an API server's restart.
+    kube.wait(lambda: kube.find("v1", "ServiceAccount", "default", name))
     yield name
     kube.delete("v1", "Namespace", name)
 

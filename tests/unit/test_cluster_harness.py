@@ -112,3 +112,15 @@ def test_only_what_could_be_ours_counts_as_left_behind() -> None:
         "control group /sys/fs/cgroup/memory/docker",
         "/proc/sys/net/ipv4/ip_forward is 1",
     ]
+
+
+def test_who_shares_a_lock_keeps_out_only_those_that_want_it_alone(root: Path) -> None:
+    with (
+        cache.locked("users", shared=True),
+        cache.locked("users", shared=True),
+        cache.locked_if_free("users") as alone,
+    ):
+        assert not alone
+    with cache.locked_if_free("users") as alone:
+        assert alone
+    assert root.exists()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from cluster.harness.progress import say
 
@@ -62,16 +63,38 @@ def cached(name: str, inputs: str, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold the lock of that name against other processes; tells if it has to wait."""
-    ROOT.mkdir(parents=True, exist_ok=True)
-    with (ROOT / f".{name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def locked(name: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of that name against other processes; tells if it has to wait.
+
+    Args:
+        shared: Hold it beside others that share it, against those that do not.
+    """
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with _lock_file(name) as lock:
+        if not _taken(lock, mode):
             say(f"waiting for another process that holds {name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, mode)
         yield
+
+
+@contextmanager
+def locked_if_free(name: str) -> Iterator[bool]:
+    """Hold the lock of that name if nobody holds or shares it; says whether that is so."""
+    with _lock_file(name) as lock:
+        yield _taken(lock, fcntl.LOCK_EX)
+
+
+def _lock_file(name: str) -> IO[str]:
+    ROOT.mkdir(parents=True, exist_ok=True)
+    return (ROOT / f".{name}.lock").open("a")
+
+
+def _taken(lock: IO[str], mode: int) -> bool:
+    try:
+        fcntl.flock(lock, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _prune(entries: Iterable[Path], keep: Path) -> None:

@@ -25,6 +25,8 @@ from cluster.harness.progress import say, tail
 RUN = ROOT / "run"
 IMAGES = ROOT / "docker"
 RUNTIME = Path(__file__).parent / "runtime.py"
+# As `docker builder prune` reads it. Builds of one release, of both images, take about 3 GB.
+BUILD_CACHE_MAX = "8GB"
 START_S = 60.0
 STOP_S = 60.0
 _PID = RUN / "pid"
@@ -93,10 +95,18 @@ def stop() -> None:
         if process is not None:
             if docker("ps", "-aq").strip():
                 return
+            tidy()
             _end(process)
         if _BEFORE.exists():
             _take_back(Facts(**json.loads(_BEFORE.read_text())))
         shutil.rmtree(RUN, ignore_errors=True)
+
+
+def tidy() -> None:
+    """Drop images that lost their names, and the older part of a large build cache."""
+    if is_own():
+        docker("image", "prune", "--force")
+        docker("builder", "prune", "--force", f"--keep-storage={BUILD_CACHE_MAX}")
 
 
 def docker(*arguments: str, stdin: bytes | None = None, check: bool = True) -> str:

@@ -22,7 +22,6 @@ from cluster.harness.tools import tools, version_of
 HERE = Path(__file__).parent
 REPOSITORY = "casparian.local"
 SUITE = "bookworm"
-UNUSED_HOURS_MAX = 14 * 24
 COMPONENTS = HERE / "images" / "components.Dockerfile"
 PYTHON = HERE / "images" / "python.Dockerfile"
 NODE = HERE / "node"
@@ -122,7 +121,7 @@ def _drop_older(name: str, keep: str) -> None:
     for old in listed:
         if old != keep:
             daemon.docker("image", "rm", old, check=False)  # one that is in use stays
-    daemon.docker("builder", "prune", "--force", f"--filter=until={UNUSED_HOURS_MAX}h")
+    daemon.tidy()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.harness import daemon, images, machine, network
-from cluster.harness.cache import ROOT, locked
+from cluster.harness.cache import ROOT, locked, locked_if_free
 from cluster.harness.errors import HarnessError
 from cluster.harness.faults import Faults
 from cluster.harness.progress import run_logged, say, step
@@ -27,6 +27,7 @@ PULL_S = 600
 READY_S = 180.0
 SHARED = "/shared"
 _STATE = ROOT / "clusters"
+_NOTE = "state.json"
 T = TypeVar("T")
 
 
@@ -153,28 +154,62 @@ def prepare() -> tuple[str, bool]:
     return images.node_image(), True
 
 
-def up(name: str = DEFAULT_NAME) -> Cluster:
+def up(name: str = DEFAULT_NAME, *, stays: bool = True) -> Cluster:
     """Make a cluster, or find the one of that name that is there.
+
+    Args:
+        stays: It stays until `down`; else it goes with the last that is `using` it.
 
     Raises:
         HarnessError: it could not be made; what there was of it is gone, its logs are kept.
     """
     with locked(f"cluster-{name}"):
-        found = find(name)
-        if found is not None:
-            return found
-        image, own = prepare()
-        cluster = Cluster(name, _STATE / name, own)
-        began = time.monotonic()
-        try:
-            _create(cluster, image)
-        except BaseException:
-            _keep_logs_of_failure(cluster)
-            _delete(cluster)
-            raise
-        (cluster.folder / "state.json").write_text(json.dumps({"own_image": own}))
-        say(f"the cluster {name} is up after {time.monotonic() - began:.1f} s")
+        cluster = find(name)
+        if cluster is None:
+            cluster = _make(name)
+            _note(cluster, stays=stays)
+        elif stays:
+            _note(cluster, stays=True)
         return cluster
+
+
+@contextmanager
+def using(name: str = DEFAULT_NAME) -> Iterator[Cluster]:
+    """A cluster for a while; it goes with its last user, unless `up` has made it to stay."""
+    try:
+        with locked(f"cluster-{name}-users", shared=True):
+            yield up(name, stays=False)
+    finally:
+        with locked_if_free(f"cluster-{name}-users") as last:
+            if last and not _noted(name).get("stays", True):
+                down(name)
+
+
+def _make(name: str) -> Cluster:
+    image, own = prepare()
+    cluster = Cluster(name, _STATE / name, own)
+    began = time.monotonic()
+    try:
+        _create(cluster, image)
+    except BaseException:
+        _keep_logs_of_failure(cluster)
+        _delete(cluster)
+        raise
+    say(f"the cluster {name} is up after {time.monotonic() - began:.1f} s")
+    return cluster
+
+
+def _note(cluster: Cluster, *, stays: bool) -> None:
+    """Only what is noted counts as made."""
+    noted = json.dumps({"own_image": cluster.own_image, "stays": stays})
+    (cluster.folder / _NOTE).write_text(noted)
+
+
+def _noted(name: str) -> dict[str, bool]:
+    """What `_note` wrote; empty if there is no such cluster."""
+    note = _STATE / name / _NOTE
+    found: dict[str, bool] = json.loads(note.read_text()) if note.exists() else {}
+    return found
 
 
 def find(name: str = DEFAULT_NAME) -> Cluster | None:
@@ -183,10 +218,10 @@ def find(name: str = DEFAULT_NAME) -> Cluster | None:
     Raises:
         HarnessError: its nodes run but it does not answer.
     """
-    state = _STATE / name / "state.json"
-    if not state.exists():
+    noted = _noted(name)
+    if not noted:
         return None
-    cluster = Cluster(name, state.parent, bool(json.loads(state.read_text())["own_image"]))
+    cluster = Cluster(name, _STATE / name, noted["own_image"])
     if _are_running(cluster.nodes):
         # An answer may take a while on a machine that is busy.
         _await(lambda: _answers(cluster), f"an answer of the cluster {name}")
@@ -359,14 +394,3 @@ def _pulls() -> bool:
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
-
-
-@contextmanager
-def cluster(name: str = DEFAULT_NAME) -> Iterator[Cluster]:
-    """A cluster for a while; one that was there already stays."""
-    was_there = find(name) is not None
-    try:
-        yield up(name)
-    finally:
-        if not was_there:
-            down(name)
