@@ -8,7 +8,7 @@ comes under a bound routing id with another key is dropped, and so is all that w
 
 import hashlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +29,9 @@ ROUTING_ID_BYTES_MIN = 17
 THREADS = 4
 PENDING_MAX = 4096
 """Workers whose tokens are being reviewed; more have to ask again."""
+REVIEWS_PER_KEY = 64
+"""Under way for one key: whoever has a key, and shows one wrong token after another with it, holds
+up nobody with another key."""
 REFUSED_S = 5.0
 """How long a token that was refused is not reviewed again."""
 REFUSED_MAX = 4096
@@ -90,6 +93,7 @@ class Gate:
         self._mono = clock.now().mono
         self._bound: dict[Identity, _Bound] = {}
         self._pending: dict[Identity, _Pending] = {}
+        self._reviews: Counter[str] = Counter()
         self._refused: dict[tuple[str, bytes], tuple[float, str]] = {}
         self._reviewed: deque[_Reviewed] = deque()
         self._answers: list[Send] = []
@@ -137,6 +141,7 @@ class Gate:
         messages = []
         while self._reviewed:
             done = self._reviewed.popleft()
+            self._count(done.pending.key, -1)
             if self._pending.get(done.identity) is not done.pending:
                 continue  # its routing id was taken from it
             del self._pending[done.identity]
@@ -210,10 +215,16 @@ class Gate:
         pending = self._pending.get(identity)
         if pending is not None and pending.token == asked.token:
             pending.message = message
-        elif len(self._pending) < PENDING_MAX:
+        elif len(self._pending) < PENDING_MAX and self._reviews[key] < REVIEWS_PER_KEY:
             self._pending[identity] = asked
+            self._count(key, 1)
             self._pool.submit(self._review, identity, asked, principal)
         return None
+
+    def _count(self, key: str, change: int) -> None:
+        self._reviews[key] += change
+        if not self._reviews[key]:
+            del self._reviews[key]
 
     def _bind(self, identity: Identity, asked: _Pending, principal: Principal) -> WorkerMessage:
         bound = _Bound(asked.key, principal, asked.token, self._mono)
