@@ -38,11 +38,12 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     elif arguments.command == "load":
         _found(arguments.name).load_image(*arguments.tags)
     else:
+        kubeconfig = _found(arguments.name).kubeconfig
         for name in ("kind", "kubectl", "helm"):
             daemon.add_command(name, tool(name))
-        for name, value in daemon.environment().items():
+        exports = daemon.environment() | {"KUBECONFIG": str(kubeconfig)}
+        for name, value in exports.items():
             print(f"export {name}={shlex.quote(value)}")
-        print(f"export KUBECONFIG={shlex.quote(str(_found(arguments.name).kubeconfig))}")
 
 
 def _found(name: str) -> kind.Cluster:
