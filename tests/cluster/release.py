@@ -1,6 +1,7 @@
 """The project as people install it: its own images, its chart, one release for a whole session."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,11 @@ class Release:
                 check=False,
             )
         self.kube.kubectl("delete", "namespace", FLOW, NAMESPACE, "--ignore-not-found")
+        for volume in self.kube.list("v1", "PersistentVolume"):
+            name = volume["metadata"]["name"]
+            if volume["spec"].get("claimRef", {}).get("namespace") == FLOW:
+                self.kube.delete("v1", "PersistentVolume", name)
+                shutil.rmtree(self.cluster.shared / name, ignore_errors=True)
         crds = ("casparianplugins", "sourceroots", "approvals")
         names = [f"{plural}.casparian.io" for plural in crds]
         self.kube.kubectl("delete", "crd", *names, "--ignore-not-found")
