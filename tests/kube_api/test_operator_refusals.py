@@ -15,6 +15,7 @@ from kube_operator import (
     operator,
     operator_config,
     plugin,
+    source_root,
 )
 
 from casparian_flow.kube.names import API_VERSION
@@ -62,6 +63,26 @@ def test_what_the_api_server_refuses_is_told_by_a_condition_and_corrected_by_the
         assert sorted(e["involvedObject"]["name"] for e in events) == sorted(REFUSED)
         api.client.apply(plugin(space, "limits"))
         await_condition(api, "CasparianPlugin", space, "limits", "Ready", "Ready")
+
+
+def test_what_the_ledger_refuses_is_told_once_and_not_asked_again_at_once(
+    api: ApiServer, tmp_path: Path
+) -> None:
+    space = "ledger"
+    kubeconfig = install_operator(api, (space,))
+    config = operator_config(tmp_path, "casparian", (space,), resync_seconds=1)
+    item = {"name": "x", "type": "list", "item": {"type": "nonsense"}}
+    contract = [{"topic": "rows", "columns": [item]}]
+    with operator(api, config, kubeconfig) as running:
+        api.client.apply(plugin(space, contract=contract))
+        api.client.apply(source_root(space, include=["[a"]))
+        await_condition(api, "CasparianPlugin", space, "sales", "Verified", "ManifestRefused")
+        await_condition(api, "SourceRoot", space, "inbox", "Ready", "LedgerRefused")
+        assert running.control.list_plugins() == []  # no file meets it without its contract
+        looks = len(api.requests(namespace=space))
+        api.client.wait(lambda: len(api.requests(namespace=space)) > looks + 40, 30)
+        told = Counter(e["reason"] for e in api.client.list("v1", "Event", space))
+        assert told == {"ManifestRefused": 1, "LedgerRefused": 1}
 
 
 def test_a_whole_number_of_processors_is_applied_once(api: ApiServer, tmp_path: Path) -> None:

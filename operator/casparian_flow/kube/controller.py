@@ -36,11 +36,10 @@ from casparian_flow.kube.kinds import (
 from casparian_flow.kube.ledger_view import Look
 from casparian_flow.kube.models import SourceRoot
 from casparian_flow.kube.plan import Plan, differs
-from casparian_flow.kube.reasons import EventReason
 from casparian_flow.kube.reconcile_approval import reconcile_approval
 from casparian_flow.kube.reconcile_plugin import LedgerView, PluginState, reconcile_plugin
 from casparian_flow.kube.reconcile_source import reconcile_source, source_name
-from casparian_flow.kube.refusal import is_final, refused
+from casparian_flow.kube.refusal import Refuser, is_final, refused
 from casparian_flow.kube.scaling import BUSY_COST, DELETION_COST, IDLE_COST
 from casparian_flow.kube.store import Store
 from casparian_flow.kube.work_queue import WorkQueue
@@ -138,20 +137,22 @@ class Controller:
     # -- carrying out -------------------------------------------------------------------------
 
     def _carry_out(self, ref: Ref, body: Body, plan: Plan) -> None:
-        told = [n for command in plan.commands if (n := self._command(command)) is not None]
+        refusals = [r for command in plan.commands if (r := self._command(command))]
         if plan.commands:
             self._since[ref] = self._clock.now().mono
         try:
             self._change(plan)
         except KubeError as error:
             if is_final(error) and not plan.commands:
-                self._write_status(body, refused(plan, body, error, at=self._gatherer.now()))
+                message = f"the API server refuses an object of it: {error}"
+                self._write_refusal(body, plan, Refuser.API_SERVER, message)
             raise
-        if told:
-            # What the ledger refuses would be refused again at once.
-            self._tell(body, told)
+        if refusals:
+            # It would be refused again at once.
+            self._write_refusal(body, plan, Refuser.LEDGER, "; ".join(refusals))
             self._queue.add(ref, REFUSED_S)
-        elif plan.commands:
+            return
+        if plan.commands:
             # The next round sees what came of them: this one's status would be of no worth.
             self._queue.add(ref, REQUEUE_S)
             return
@@ -167,6 +168,9 @@ class Controller:
             self._scale(scale)
         for gone in plan.delete:
             self._delete(gone)
+
+    def _write_refusal(self, body: Body, plan: Plan, who: Refuser, message: str) -> None:
+        self._write_status(body, refused(plan, body, who, message, at=self._gatherer.now()))
 
     def _write_status(self, body: Body, plan: Plan) -> None:
         if plan.status is None or not differs(plan.status, body.get("status")):
@@ -197,15 +201,15 @@ class Controller:
                 now=self._clock.now(),
             )
 
-    def _command(self, command: p.Command) -> p.Note | None:
-        """Change the ledger; returns what it refuses, as an Event."""
+    def _command(self, command: p.Command) -> str:
+        """Change the ledger; returns why it refuses, "" if it does not."""
         try:
             self._do(command)
         except (LedgerError, SentinelUnreachableError):
             raise
         except CasparianError as error:
-            return p.Note(EventReason.LEDGER_REFUSED, error.with_hint(), warning=True)
-        return None
+            return error.with_hint() or type(error).__name__
+        return ""
 
     def _do(self, command: p.Command) -> None:
         control = self._control

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
+from casparian_flow.domain.contracts import parse_contract
 from casparian_flow.domain.errors import CasparianError, UsageError
 from casparian_flow.domain.outputs import ANY_TOPIC, SinkMode, parse_mode, parse_sink_uri
 from casparian_flow.kube.bundles import bundle_digest, from_inlined, zipped
@@ -149,7 +150,10 @@ def effective_topics(plugin: CasparianPlugin, bundle: Bundle) -> Mapping[str, To
         known = declared.get(topic)
         own = tuple(sinks.get(topic, ())) or _else(topic, sinks, known.uris if known else ())
         contract = contracts.get(topic) or (known.contract if known else "")
-        wanted[topic] = TopicWiring(own, _with_quarantine(contract, plugin.spec.quarantine))
+        contract = _with_quarantine(contract, plugin.spec.quarantine)
+        if contract:
+            parse_contract(contract)
+        wanted[topic] = TopicWiring(own, contract)
     return wanted
 
 

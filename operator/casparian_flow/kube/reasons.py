@@ -103,6 +103,9 @@ class DeployedReason(StrEnum):
     """A name in `sourceRoots` belongs to no SourceRoot of the namespace."""
     OBJECT_REFUSED = "ObjectRefused"
     """The API server refuses an object that is needed; the message is its own."""
+    LEDGER_REFUSED = "LedgerRefused"
+    """The ledger does not take what the object asks for; the message says why. It is asked again
+    from time to time."""
     WAITING = "Waiting"
     """For Verified or Provisioned."""
 
@@ -133,6 +136,9 @@ class ReadyReason(StrEnum):
     OBJECT_REFUSED = "ObjectRefused"
     """The API server refuses the source root's CronJob or what goes with it; the message is its
     own."""
+    LEDGER_REFUSED = "LedgerRefused"
+    """The ledger does not take what the object asks for; the message says why. It is asked again
+    from time to time."""
 
 
 class ScannedReason(StrEnum):
@@ -161,6 +167,9 @@ class DecidedReason(StrEnum):
     """Nobody decided in time."""
     STALE = "Stale"
     """What was asked for is not what is there any more; it will never start a job."""
+    LEDGER_REFUSED = "LedgerRefused"
+    """The ledger does not take what the object asks for; the message says why. It is asked again
+    from time to time."""
 
 
 class StartedReason(StrEnum):
@@ -185,8 +194,6 @@ class EventReason(StrEnum):
     """An object of ours had been deleted or edited, and was put right."""
     SCAN_REQUESTED = "ScanRequested"
     """The annotation `casparian.io/scan` asked for a scan at once."""
-    LEDGER_REFUSED = "LedgerRefused"
-    """The ledger did not take what the object asks for; the message says why. It is asked again."""
 
 
 VERIFIED_BY_TRUST_CODE: Final = {
