@@ -225,6 +225,17 @@ def test_an_object_whose_request_was_cleaned_up_goes_too() -> None:
     assert reconcile_approval(state).delete == [ref_of(state.body)]
 
 
+@pytest.mark.parametrize("changed", [{"namespace": "mine"}, {"name": "my-own"}])
+def test_an_object_that_somebody_made_for_another_s_request_decides_nothing(
+    changed: dict[str, str],
+) -> None:
+    body = approval(request(), decision="approved", decidedBy="ann").body
+    forged = {**body, "metadata": {**body["metadata"], **changed}}
+    plan = reconcile_approval(ApprovalState(forged, approval_of(forged), request(), NOW))
+    assert not plan.commands
+    assert plan.delete == [ref_of(forged)]
+
+
 # -- scaling
 
 

@@ -282,6 +282,7 @@ class Controller:
         """An object is gone: take what it stood for out of the ledger's wiring, and its keys."""
         self.admit(ref, {})
         self._since.pop(ref, None)
+        self._gatherer.forget(ref)
         if ref.kind in {SOURCE.name, PLUGIN.name}:
             self.retire_orphans([ref.namespace])
 

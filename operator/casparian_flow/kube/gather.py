@@ -1,10 +1,11 @@
 """Collects what decisions are made from: the store's bodies, the ledger, bundles and keys."""
 
 import base64
-from collections import OrderedDict
+import posixpath
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from casparian_flow.domain.clock import Clock, utc
 from casparian_flow.domain.errors import UsageError
@@ -46,7 +47,6 @@ from casparian_flow.sentinel.control_plane import ControlPlane
 from casparian_flow.trust.bundle import Bundle, unpack
 from casparian_flow.trust.rules import TrustRules, TrustSource
 
-JUDGEMENTS_MAX = 512
 JUDGED_FOR_S = 60.0
 """A judgement is made anew after this long: a key's time may be over."""
 JOB_NAME = "batch.kubernetes.io/job-name"
@@ -74,15 +74,32 @@ class Surroundings:
     kept_versions: int = 2
 
 
+class _Judged(NamedTuple):
+    """A judgement that was made, and of what."""
+
+    key: tuple[object, ...]
+    at: float
+    rules: TrustRules
+    found: Judgement
+
+    def holds(self, key: tuple[object, ...], rules: TrustRules, now: float) -> bool:
+        return self.key == key and self.rules is rules and now - self.at < JUDGED_FOR_S
+
+
 class Gatherer:
     """For several threads, each with another object."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        self._judged: OrderedDict[tuple[object, ...], tuple[float, TrustRules, Judgement]] = (
-            OrderedDict()
-        )
-        self._names: dict[str, str] = {}
+        # Of each object one, as bundles are large: of what it wants, and of what is active.
+        self._judged: dict[Ref, _Judged] = {}
+        self._active_judged: dict[Ref, _Judged] = {}
+        self._names: dict[Ref, tuple[str, str]] = {}
+
+    def forget(self, ref: Ref) -> None:
+        """An object is gone."""
+        for known in (self._judged, self._active_judged, self._names):
+            known.pop(ref, None)
 
     def now(self) -> str:
         """This moment as objects have it."""
@@ -149,29 +166,22 @@ class Gatherer:
             plugin.metadata.generation,
             "" if config_map is None else config_map["metadata"].get("resourceVersion"),
         )
-        rules, now = around.trust(), around.clock.now()
-        known = self._judged.get(key)
-        if known is not None and known[1] is rules and now.mono - known[0] < JUDGED_FOR_S:
-            found = known[2]
+        rules, now, ref = around.trust(), around.clock.now(), _ref_of(plugin)
+        known = self._judged.get(ref)
+        if known is not None and known.holds(key, rules, now.mono):
+            found = known.found
         else:
             deployed = partial(self._deployed_at, plugin.metadata.namespace, now.wall_us)
             found = judge(plugin, config_map, rules, deployed)
-            self._remember(key, now.mono, rules, found)
+            self._judged[ref] = _Judged(key, now.mono, rules, found)
         if found.name:
-            self._names[plugin.metadata.uid] = found.name
+            self._names[ref] = plugin.metadata.uid, found.name
         return found
 
     def _deployed_at(self, namespace: str, now_us: int, bundle: Bundle) -> int:
         known = self._around.looks.last.plugin(scoped(namespace, bundle.name)).of(bundle.version)
         same = known is not None and known.artifact_hash == bundle.computed_hash()
         return known.deployed_at_us or now_us if known is not None and same else now_us
-
-    def _remember(
-        self, key: tuple[object, ...], at: float, rules: TrustRules, found: Judgement
-    ) -> None:
-        self._judged[key] = (at, rules, found)
-        while len(self._judged) > JUDGEMENTS_MAX:
-            self._judged.popitem(last=False)
 
     def _fetched(self, namespace: str, name: str) -> Body | None:
         """A ConfigMap that people have made: it is not among those that are listed."""
@@ -184,22 +194,22 @@ class Gatherer:
         active = view.active
         if active is None or (found.ok and active.artifact_hash == found.artifact_hash):
             return None
-        key = ("active", plugin.metadata.uid, plugin.metadata.generation, active.artifact_hash)
-        known = self._judged.get(key)
-        if known is not None:
-            return known[2]
-        around = self._around
+        around, ref = self._around, _ref_of(plugin)
+        key = (plugin.metadata.uid, plugin.metadata.generation, active.artifact_hash)
+        rules, now = around.trust(), around.clock.now()
+        known = self._active_judged.get(ref)
+        if known is not None and known.holds(key, rules, now.mono):
+            return known.found
         name = scoped(plugin.metadata.namespace, found.name or plugin.status.plugin)
         row = around.control().plugin_bundle(name, active.version)
         data = base64.b64decode(row["bundle"])
         bundle = unpack(data)
-        rules = around.trust()
         judged = judge_bundle(
             plugin, data, bundle, rules, deployed_at_us=int(row["deployed_at_us"])
         )
         if judged.ok:
             judged = replace(judged, signer=active.signer)
-        self._remember(key, around.clock.now().mono, rules, judged)
+        self._active_judged[ref] = _Judged(key, now.mono, rules, judged)
         return judged
 
     def _rival(self, body: Body, name: str) -> str:
@@ -217,14 +227,17 @@ class Gatherer:
 
     def _name_of(self, body: Body) -> str:
         """The plugin's name in an object, as far as it is known."""
-        known = self._names.get(str(body["metadata"].get("uid")))
-        return known or str(body.get("status", {}).get("plugin", ""))
+        uid, known = self._names.get(ref_of(body), ("", ""))
+        if uid == body["metadata"].get("uid"):
+            return known
+        return str(body.get("status", {}).get("plugin", ""))
 
     def _shared_files(
         self, body: Body, plugin: CasparianPlugin, found: Judgement
     ) -> dict[str, str]:
         """Database files that older objects write on the same volume."""
-        if not found.embedded():
+        mine = {_file(plugin, path): path for path in found.embedded()}
+        if not mine:
             return {}
         place = _place(plugin)
         shared: dict[str, str] = {}
@@ -236,8 +249,10 @@ class Gatherer:
             except UsageError:
                 continue
             if _place(read) == place:
-                for file in self._judgement(read).embedded():
-                    shared.setdefault(file, read.metadata.name)
+                for path in self._judgement(read).embedded():
+                    own = mine.get(_file(read, path))
+                    if own is not None:
+                        shared.setdefault(own, read.metadata.name)
         return shared
 
     def _roots(self, namespace: str) -> dict[str, SourceRoot]:
@@ -352,8 +367,10 @@ class Gatherer:
     def approval(self, body: Body, *, since: float) -> ApprovalState:
         """What decides about an Approval; raises as `plugin`."""
         approval = approval_of(body)
-        requests = self._around.looks.requests(since)
-        request = requests.get(approval.spec.approval_id)
+        wanted = approval.spec.approval_id
+        request = self._around.looks.requests(since).get(wanted)
+        if request is None:  # as old ones are, among many
+            request = self._around.control().api.get_approval(wanted)
         return ApprovalState(body, approval, request, self.now())
 
     @staticmethod
@@ -375,4 +392,15 @@ def _claim_on(body: Body, name: str) -> tuple[bool, str, str]:
 def _place(plugin: CasparianPlugin) -> tuple[str, str]:
     """Which volume a plugin's files are on."""
     outputs = plugin.spec.workers.outputs
-    return claim_of(outputs), "" if outputs is None else outputs.sub_path
+    inline = None if outputs is None else outputs.csi
+    return claim_of(outputs), "" if inline is None else inline.model_dump_json()
+
+
+def _file(plugin: CasparianPlugin, path: str) -> str:
+    """A file of a plugin's outputs as a path of the whole volume."""
+    outputs = plugin.spec.workers.outputs
+    return posixpath.normpath(posixpath.join("" if outputs is None else outputs.sub_path, path))
+
+
+def _ref_of(plugin: CasparianPlugin) -> Ref:
+    return Ref(PLUGIN.name, plugin.metadata.namespace, plugin.metadata.name)

@@ -12,6 +12,7 @@ from casparian_flow.kube.reconcile_plugin import Counts, LedgerVersion, LedgerVi
 from casparian_flow.kube.reconcile_source import LedgerSource
 from casparian_flow.kube.verdict import TopicWiring
 from casparian_flow.protocol.http_types import Approval as Request
+from casparian_flow.protocol.http_types import ApprovalStatus as Standing
 from casparian_flow.sentinel.control_plane import ControlPlane
 
 REQUESTS_MAX = 10_000
@@ -94,7 +95,12 @@ class LedgerLooks:
         with self._requests_lock:
             if self._requests_at < moment:
                 self._requests_at = self._clock.now().mono
-                listed = self._control().api.list_approvals(None, REQUESTS_MAX)
+                api = self._control().api
+                # Those that wait count however many newer ones there are.
+                listed = [
+                    *api.list_approvals(None, REQUESTS_MAX),
+                    *api.list_approvals(Standing.PENDING, REQUESTS_MAX),
+                ]
                 self._requests = {request.approval_id: request for request in listed}
             return self._requests
 

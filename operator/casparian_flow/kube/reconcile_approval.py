@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from casparian_flow.domain.scoped_names import plain
+from casparian_flow.domain.scoped_names import namespace_of, plain
 from casparian_flow.kube import names
 from casparian_flow.kube.kinds import APPROVAL, Body, Manifest, ref_of
 from casparian_flow.kube.models import Approval
@@ -58,8 +58,10 @@ class ApprovalState:
 
 def reconcile_approval(state: ApprovalState) -> Plan:
     """Carry a decision into the ledger; tell what has come of the request."""
-    if state.request is None:
-        return Plan(delete=[ref_of(state.body)])  # retention took it, and this with it
+    if state.request is None or not _is_of(state.body, state.request):
+        # Retention took it, and this with it; or somebody has made an object of their own for it,
+        # where nothing keeps them from that, perhaps in a namespace where they may decide.
+        return Plan(delete=[ref_of(state.body)])
     commands = _commands(state, state.request)
     conditions = [_decided(state, state.request), _started(state.request)]
     return Plan(
@@ -68,6 +70,12 @@ def reconcile_approval(state: ApprovalState) -> Plan:
         notes=told(conditions, state.body, ConditionType.DECIDED),
         again_s=0.0 if commands else None,
     )
+
+
+def _is_of(body: Body, request: Request) -> bool:
+    """Whether this is the object that is made for a request."""
+    namespace = namespace_of(str(operation_of(request)["plugin"]))
+    return ref_of(body) == ref_of(approval_object(request, namespace))
 
 
 def _commands(state: ApprovalState, request: Request) -> list[Command]:
