@@ -322,19 +322,28 @@ def test_a_key_is_rotated_under_load_and_no_job_is_lost_or_done_twice(tmp_path: 
         assert cluster.sentinel.control.check() == []
 
 
-def test_a_worker_whose_key_comes_late_gets_in_without_a_restart(
-    cluster: Cluster, tmp_path: Path
+def test_a_worker_whose_key_comes_late_is_not_ready_until_it_gets_in_without_a_restart(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = ClientKeys(new_pair(), cluster.server.public)
     cluster.tokens["sa-alpha"] = PodIdentity("team", "sa-alpha")
     worker = RealWorker(cluster, tmp_path / "worker", keys, "not yet written")
     cluster.stack.callback(worker.stop)
     worker.runner.release()
+    counts = worker.wire.counts
     until(lambda: cluster.counted("connections_refused") >= 1)
+    until(lambda: counts.refusal == "its key is not admitted")
     cluster.admission.replace({keys.own.public: worker_of("alpha")})
-    until(lambda: cluster.counted("workers_refused") >= 1)
+    until(lambda: cluster.counted("workers_refused") >= 2)
+    until(lambda: counts.refusal == "its token is not valid")
     (worker.folder / "token").write_text("sa-alpha\n")
     until(lambda: cluster.status("COMPLETED") == 3)
+    assert counts.refusal == ""
+    # Each reason once, however often it was refused.
+    assert [r.message for r in caplog.records if "refuses this worker" in r.message] == [
+        f"the Sentinel at {cluster.sentinel.bind_address} refuses this worker: {why}"
+        for why in ("its key is not admitted", "its token is not valid")
+    ]
 
 
 def test_a_worker_without_its_files_says_which(tmp_path: Path) -> None:

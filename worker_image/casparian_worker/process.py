@@ -122,6 +122,8 @@ def _health(wire: Wire, runtime: Runtime, clock: Clock) -> Health:
         return f"the loop has not turned for {silent_s:.0f} s" if silent_s > STUCK_S else ""
 
     def ready() -> str:
+        if wire.counts.refusal:
+            return f"the Sentinel refuses this worker: {wire.counts.refusal}"
         if not wire.counts.contact:
             return "no Sentinel answers"
         return live() or runtime.problem()

@@ -88,6 +88,8 @@ class WireCounts:
     """When the loop began its last turn, on the monotonic clock."""
     contact: bool = False
     """Whether the Sentinel answers."""
+    refusal: str = ""
+    """Why the Sentinel does not take this worker, "" if it does or has not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +224,10 @@ class Wire:
             return
         self.counts.messages_received += len(messages)
         for job_id, message in messages:
-            if isinstance(message, m.Err) and message.code != "unknown_worker":
-                log.warning("the Sentinel says: %s (%s)", message.message, message.code)
+            if isinstance(message, m.Welcome):
+                self._accepted()
+            elif isinstance(message, m.Err):
+                self._complained(job_id, message)
             self._handle(e.FromSentinel(job_id, message), now)
 
     # -- out ------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ class Wire:
         self._look_at = now.mono + KEYS_LOOK_S
         if self._monitor.poll(0):
             recv_monitor_message(self._monitor)
-            log.warning("the Sentinel at %s does not admit this worker's key", self._address)
+            self._not_taken("its key is not admitted")
             self._refused_at = now.mono
             return
         keys = self._read_keys()
@@ -359,6 +363,23 @@ class Wire:
             return ""
 
     # -- contact --------------------------------------------------------------------------------
+
+    def _complained(self, job_id: int, err: m.Err) -> None:
+        if job_id == 0 and err.code == "refused":
+            self._not_taken(err.message)
+        elif err.code != "unknown_worker":
+            log.warning("the Sentinel says: %s (%s)", err.message, err.code)
+
+    def _not_taken(self, why: str) -> None:
+        """Told once: it is said again with every IDENTIFY, and others may do by then."""
+        if why != self.counts.refusal:
+            log.warning("the Sentinel at %s refuses this worker: %s", self._address, why)
+        self.counts.refusal = why
+
+    def _accepted(self) -> None:
+        if self.counts.refusal:
+            log.info("the Sentinel at %s takes this worker now", self._address)
+        self.counts.refusal = ""
 
     def _watch_contact(self, now: Now) -> None:
         state = self._state
