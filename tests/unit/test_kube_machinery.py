@@ -333,6 +333,25 @@ def test_a_watch_that_tells_of_another_holder_ends_this_one() -> None:
     assert len(lost) == 1
 
 
+def test_while_the_api_server_is_away_no_watch_is_blamed() -> None:
+    server, clock = OneLease(), Hands()
+    first = keeper(server, "u1", clock=clock)
+    assert first.acquire(GO)
+    clock.mono += 50
+    server.away = True
+    first.record_epoch(1)
+    clock.mono += 50
+    assert first.unseen_s() == 50
+    judge = WatchJudge(clock)
+    judge.listed(PLUGIN, "flow", [body("a", 5)])
+    clock.mono += SILENT_S - 1
+    judge.excuse()
+    clock.mono += SILENT_S - 1
+    assert judge.silent() == ""
+    clock.mono += 2
+    assert judge.silent() == "CasparianPlugin flow/a"
+
+
 # -- silent watches
 
 

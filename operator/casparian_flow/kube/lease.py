@@ -146,6 +146,7 @@ class LeaseKeeper:
             self._write(lease)
         except KubeUnreachableError as error:
             log.warning("the Lease is not renewed: %s; work goes on", error)
+            self._excuse()
         except KubeError as error:
             log.warning("the Lease is not renewed: %s", error)
         return True
@@ -210,6 +211,12 @@ class LeaseKeeper:
                 return True
             version = str(lease["metadata"].get("resourceVersion", ""))
             return _number(version) > _number(self._unseen[0])
+
+    def _excuse(self) -> None:
+        """No watch can tell of anything while the API server is away."""
+        with self._lock:
+            if self._unseen is not None:
+                self._unseen = self._unseen[0], self._clock.now().mono
 
     def unseen_s(self) -> float:
         """For how long a renewal has not come back through the watch; 0 if all have."""

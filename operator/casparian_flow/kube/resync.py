@@ -61,6 +61,12 @@ class WatchJudge:
                     if ref not in refs:
                         del known[ref]
 
+    def excuse(self) -> None:
+        """The API server is away: no watch can tell of anything meanwhile."""
+        now = self._clock.now().mono
+        with self._lock:
+            self._missing = {ref: (version, now) for ref, (version, _) in self._missing.items()}
+
     def silent(self) -> str:
         """An object that no watch tells of, "" if there is none."""
         now = self._clock.now().mono
@@ -109,6 +115,9 @@ class Resync:
             began = self._clock.now().mono
             try:
                 self.look()
+            except KubeUnreachableError as error:
+                self._judge.excuse()
+                log.warning("looking at all objects failed: %s", error)
             except CasparianError as error:
                 log.warning("looking at all objects failed: %s", error)
             except Exception:
