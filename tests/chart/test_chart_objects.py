@@ -62,13 +62,13 @@ def test_every_pod_is_one_that_pod_security_restricted_allows(api: ApiServer, na
             assert container["resources"]["limits"]["memory"]
 
 
-def test_no_pod_but_the_operators_and_the_hooks_has_a_token() -> None:
+def test_no_pod_but_those_that_ask_the_api_server_has_a_token() -> None:
     with_token = [
         kind
         for kind, template in pod_templates(rendered("everything"))
         if template["spec"]["automountServiceAccountToken"]
     ]
-    assert sorted(with_token) == ["Job", "StatefulSet"]
+    assert sorted(with_token) == ["Deployment", "Job", "StatefulSet"]
 
 
 def test_every_template_is_rendered_by_everything() -> None:

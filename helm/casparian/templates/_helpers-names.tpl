@@ -19,3 +19,5 @@ roles for people).
 {{- define "casparian.test.name" -}}casparian-test{{- end }}
 {{- define "casparian.workers.name" -}}casparian-workers{{- end }}
 {{- define "casparian.stamp.name" -}}casparian-stamp{{- end }}
+{{- define "casparian.mcp.name" -}}casparian-mcp{{- end }}
+{{- define "casparian.mcp.reviewer.name" -}}casparian-mcp-tokenreviews-{{ .Release.Namespace }}{{- end }}

@@ -159,6 +159,7 @@ image_pull_secrets = {{ toJson .Values.imagePullSecrets }}
 network_policies = {{ .Values.networkPolicies.enabled }}
 scratch_size = {{ toJson .Values.worker.scratchSize }}
 backup_account = {{ .Values.backup.enabled | ternary (include "casparian.backup.name" .) "" | toJson }}
+mcp_account = {{ .Values.mcp.enabled | ternary (include "casparian.mcp.name" .) "" | toJson }}
 {{- with .Values.environments }}
 environments_storage_class = {{ toJson .storageClassName }}
 environments_size = {{ toJson .size }}
@@ -174,6 +175,35 @@ wheelhouse_claim = {{ toJson .wheelhouseClaim }}
 {{ toJson $name }} = {{ toString $amount | toJson }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* config.toml of the MCP server. */}}
+{{- define "casparian.mcp.settings" -}}
+[sentinel]
+control_address = "tcp://{{ include "casparian.sentinel.name" . }}.{{ .Release.Namespace }}.svc:5556"
+
+[wire]
+curve_dir = "/var/run/casparian/curve"
+
+[logging]
+level = {{ toJson .Values.logging.level }}
+format = {{ toJson .Values.logging.format }}
+
+[worker]
+output_root = "/outputs"
+
+[mcp]
+host = "0.0.0.0"
+port = 8765
+audit_log = "/var/log/casparian/mcp_audit.ndjson"
+token_review = true
+{{- with .Values.mcp }}
+token_audiences = {{ toJson .audiences }}
+allowed_users = {{ toJson .allowedUsers }}
+allowed_groups = {{ toJson .allowedGroups }}
+redaction = {{ toJson .redaction }}
+approval_minutes = {{ toJson .approvalMinutes }}
 {{- end }}
 {{- end }}
 
