@@ -40,6 +40,14 @@ def test_a_release_is_installed_upgraded_and_uninstalled_and_what_people_made_st
     told = _release(api, "upgrade", "casparian", CHART, *apply, "--set", "trust.allowUnsigned=true")
     assert "No signer is trusted yet" not in told
 
+    second = run_helm(
+        *("install", "other", CHART, "--namespace", "finance", "--kubeconfig", api.kubeconfig),
+        check=False,
+    )
+    assert second.returncode != 0
+    assert 'is of release "casparian" in namespace "flow"' in second.stderr
+    assert "watchNamespaces" in second.stderr
+
     def finish_hook() -> None:
         job = api.client.wait(
             lambda: api.client.find("batch/v1", "Job", "casparian-uninstall", NAMESPACE)

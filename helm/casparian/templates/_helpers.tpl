@@ -289,3 +289,33 @@ to:
 {{- define "casparian.stamp.wanted" -}}
 {{- if and .Values.admissionPolicies.install (not (include "casparian.mutatingApi" .)) }}true{{ end }}
 {{- end }}
+
+{{/*
+Refuses a second installation, with the name of the first. Looks only at what this release would
+make; helm refuses as well, but one object at a time and without saying what to do.
+*/}}
+{{- define "casparian.onlyOne" -}}
+{{- $wanted := list }}
+{{- if .Values.crds.install }}
+{{- $wanted = append $wanted (list "apiextensions.k8s.io/v1" "CustomResourceDefinition" "" "casparianplugins.casparian.io") }}
+{{- end }}
+{{- if .Values.admissionPolicies.install }}
+{{- $wanted = append $wanted (list "admissionregistration.k8s.io/v1" "ValidatingAdmissionPolicy" "" "casparian-approval-guard") }}
+{{- end }}
+{{- if .Values.rbac.install }}
+{{- range include "casparian.watched" . | fromJsonArray }}
+{{- $wanted = append $wanted (list "rbac.authorization.k8s.io/v1" "Role" . (include "casparian.operator.name" $)) }}
+{{- end }}
+{{- end }}
+{{- range $wanted }}
+{{- $found := lookup (index . 0) (index . 1) (index . 2) (index . 3) }}
+{{- if $found }}
+{{- $notes := $found.metadata.annotations | default dict }}
+{{- $release := get $notes "meta.helm.sh/release-name" }}
+{{- $space := get $notes "meta.helm.sh/release-namespace" }}
+{{- if and $release (or (ne $release $.Release.Name) (ne $space $.Release.Namespace)) }}
+{{- fail (printf "\n\nCasparian Flow is installed already: %s %s is of release %q in namespace %q, and one installation serves a cluster.\nAdd your namespaces to watchNamespaces of that release instead. If it was uninstalled, docs/install-kubernetes.md tells how to take over what it left (\"One installation serves one cluster\").\n" (index . 1) (index . 3) $release $space) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
