@@ -258,6 +258,8 @@ def test_the_operator_holds_its_lease_and_asks_whose_a_token_is(rights: ApiServe
         ("approve", "approvals.casparian.io", NAMESPACE),
         ("delete", "casparianplugins.casparian.io", NAMESPACE),
         ("create", "casparianplugins.casparian.io", NAMESPACE),
+        ("patch", "casparianplugins.casparian.io", NAMESPACE),
+        ("patch", "sourceroots.casparian.io", NAMESPACE),
     ],
 )
 def test_the_operator_may_not(rights: ApiServer, verb: str, resource: str, namespace: str) -> None:
