@@ -15,6 +15,7 @@ from casparian_flow.kube.gather import Gatherer, Surroundings
 from casparian_flow.kube.judgement import judge
 from casparian_flow.kube.kinds import ref_of
 from casparian_flow.kube.ledger_view import Look
+from casparian_flow.kube.names import ARTIFACT_HASH
 from casparian_flow.kube.store import Store
 from casparian_flow.trust.bundle import pack
 
@@ -40,6 +41,11 @@ class Looks:
         return self.last
 
 
+class NoPods:
+    def list(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+
 class Still:
     def now(self) -> Now:
         return Now(1000.0, 1_700_000_000_000_000)
@@ -53,11 +59,12 @@ def store() -> Store:
 @pytest.fixture
 def gatherer(store: Store) -> Gatherer:
     nothing: Any = None
+    client: Any = NoPods()
     looks: Any = Looks()
     ring = KeyRing([b"m" * 32], b"s" * 32)
     return Gatherer(
         Surroundings(
-            store=store, client=nothing, looks=looks, control=lambda: nothing,
+            store=store, client=client, looks=looks, control=lambda: nothing,
             trust=lambda: RULES, site=lambda: SITE, keys=lambda: ring, replicas=lambda _: {},
             clock=Still(),
         )
@@ -127,3 +134,27 @@ def test_of_an_object_one_judgement_is_kept_and_none_of_one_that_is_gone(
     gatherer.forget(ref_of(body))
     gatherer.plugin(body, since=0.0)
     assert judged == [1, 2, 1, 1]
+
+
+def test_a_deployment_that_gets_no_pods_says_why(store: Store, gatherer: Gatherer) -> None:
+    body = writer(store, "sales", "rows.sqlite3", CLAIM)
+    said = 'pods "worker-sales" is forbidden: exceeded quota: small'
+    failure = {"type": "ReplicaFailure", "status": "True", "message": said}
+    store.put(
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {
+                "name": "worker-sales",
+                "namespace": "flow",
+                "uid": "d",
+                "resourceVersion": "1",
+                "annotations": {ARTIFACT_HASH: "1" * 64},
+                "ownerReferences": [{"uid": body["metadata"]["uid"]}],
+            },
+            "spec": {"replicas": 1, "selector": {"matchLabels": {"a": "b"}}},
+            "status": {"conditions": [failure]},
+        }
+    )
+    failing = gatherer.plugin(body, since=0.0).failing
+    assert failing == {"1" * 64: f"no pod can be made: {said}"}

@@ -36,7 +36,7 @@ from casparian_flow.kube.models import (
     plugin_of,
     source_of,
 )
-from casparian_flow.kube.pod_health import last_words_of, nodes_of, problem_of
+from casparian_flow.kube.pod_health import last_words_of, nodes_of, not_made, problem_of
 from casparian_flow.kube.reconcile_approval import ApprovalState
 from casparian_flow.kube.reconcile_plugin import LedgerView, PluginState, Provision
 from casparian_flow.kube.reconcile_source import SourceState
@@ -315,7 +315,7 @@ class Gatherer:
             chosen = body["spec"]["selector"]["matchLabels"]
             selector = ",".join(f"{key}={value}" for key, value in sorted(chosen.items()))
             pods = self._around.client.list(POD, ref.namespace, selector=selector)
-            problem = problem_of(pods)
+            problem = problem_of(pods) or not_made(body)
             digest = body["metadata"].get("annotations", {}).get(names.ARTIFACT_HASH, "")
             if problem:
                 failing[digest] = problem

@@ -25,6 +25,14 @@ def problem_of(pods: Iterable[Body]) -> str:
     return next((told for pod in pods for told in _problems(pod)), "")
 
 
+def not_made(deployment: Body) -> str:
+    """Why a Deployment gets no pods at all, as by a quota or Pod Security; "" if it does."""
+    for condition in deployment.get("status", {}).get("conditions", ()):
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            return f"no pod can be made: {condition.get('message', '')}"
+    return ""
+
+
 def _problems(pod: Body) -> Iterator[str]:
     name, status = pod["metadata"]["name"], pod.get("status", {})
     for container in (
