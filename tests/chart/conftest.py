@@ -1,26 +1,20 @@
 """Tests of the Helm chart: rendered by the real helm, and judged by a real API server."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import chart_kit
 import pytest
-from kube_kit import ApiServer, api_server, prepare
+from kube_kit import ApiServer, api_server
+from kube_kit.collection import prepare_for
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the programs now: within a fixture, a test's time limit would end it."""
-    here = Path(__file__).parent
-    if session.config.option.collectonly:
-        return
-    if not any(item.path.is_relative_to(here) for item in session.items):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled() if capture else nullcontext():
-        prepare()
+    def programs() -> None:
         chart_kit.helm()
         chart_kit.promtool()
+
+    prepare_for(session, Path(__file__).parent, more=["helm"], also=programs)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from cluster.harness.progress import say
 from cluster.harness.tools import tool
 from cluster.release import Release, build_images
 from kube_kit import ApiClient
-from kube_kit.collection import uncaptured
+from kube_kit.collection import skip, uncaptured
 
 HERE = Path(__file__).parent
 LOGS = HERE.parents[1] / "build" / "cluster-logs"
@@ -44,8 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Make the cluster now, if any test needs it."""
     config = session.config
-    wanted = any(item.path.is_relative_to(HERE) for item in session.items)
-    if config.option.collectonly or not wanted or EXISTING or machine.why_not():
+    wanted = [item for item in session.items if item.path.is_relative_to(HERE)]
+    if config.option.collectonly or not wanted or EXISTING:
+        return
+    if why_not := machine.why_not():
+        with uncaptured(config):
+            skip(wanted, HERE, why_not)
         return
     with uncaptured(config), ExitStack() as held:
         try:

@@ -43,6 +43,11 @@ def _contents(part: str | Path) -> Iterator[tuple[str, bytes]]:
         yield part.name, part.read_bytes()
 
 
+def is_cached(name: str, inputs: str) -> bool:
+    """Whether `cached` would find the entry there."""
+    return (ROOT / f"{name}-{inputs}").exists()
+
+
 def cached(name: str, inputs: str, make: Callable[[Path], None]) -> Path:
     """The entry `name` for these inputs (a digest), made now if it is not there.
 

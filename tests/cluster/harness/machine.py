@@ -38,7 +38,7 @@ def why_not() -> str | None:
     if lacking and shutil.which("apt-get") is None:
         return f"{', '.join(lacking)} missing, and no apt-get to install Debian's packages"
     if shutil.which("go") is None:
-        return "no `go` to build Kubernetes with"
+        return "no `go` to build Kubernetes with: install Go 1.24 or newer"
     return None
 
 

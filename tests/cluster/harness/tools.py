@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
 
-from cluster.harness.cache import ROOT, cached, digest
+from cluster.harness.cache import ROOT, cached, digest, is_cached
 from cluster.harness.errors import HarnessError
 from cluster.harness.progress import run_logged, say
 
@@ -79,9 +79,19 @@ def tool(name: str) -> Path:
     if found := _of_the_machine(name):
         return found
     recipe = RECIPES[name]
+    return cached(name, _inputs(recipe), lambda target: _build(name, recipe, target))
+
+
+def unavailable(names: Iterable[str]) -> list[str]:
+    """Which programs are neither here, as the machine's own or built before, nor can be built."""
+    if shutil.which("go") is not None:
+        return []
+    return [n for n in names if not _of_the_machine(n) and not is_cached(n, _inputs(RECIPES[n]))]
+
+
+def _inputs(recipe: Recipe) -> str:
     folder = MODULES / recipe.module
-    inputs = digest(folder, recipe.package, *_link_flags(recipe.module), os.uname().machine)
-    return cached(name, inputs, lambda target: _build(name, recipe, target))
+    return digest(folder, recipe.package, *_link_flags(recipe.module), os.uname().machine)
 
 
 def tools(names: Iterable[str]) -> dict[str, Path]:
