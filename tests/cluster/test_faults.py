@@ -15,6 +15,7 @@ def test_the_operator_is_killed_three_times_during_load(release: Release, faults
     line.await_ready()
     line.write_files(FILES)
     line.scan()
+    (worker,) = line.pods()
     for number in range(1, 4):
         line.await_published(number * 4)
         before = release.operator_uid()
@@ -23,6 +24,8 @@ def test_the_operator_is_killed_three_times_during_load(release: Release, faults
     line.await_published(FILES)
     line.check_nothing_lost_or_doubled()
     assert release.casparian("status")["sentinel"]["epoch"] >= 4
+    uids = [pod["metadata"]["uid"] for pod in line.pods()]
+    assert uids == [worker["metadata"]["uid"]], "its workers went on"
     line.remove()
 
 
