@@ -114,7 +114,7 @@ def space(kube: ApiClient) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def release(cluster: kind.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+def installed(cluster: kind.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     """The project, installed from its own images and chart; removed with everything it keeps."""
     build_images(cluster)
     made = Release(cluster, tmp_path_factory.mktemp("release"))
@@ -122,3 +122,10 @@ def release(cluster: kind.Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
     made.install()
     yield made
     made.remove()
+
+
+@pytest.fixture
+def release(installed: Release) -> Release:
+    """The installation, ready again after whatever the test before has done to its nodes."""
+    installed.await_operator()
+    return installed
