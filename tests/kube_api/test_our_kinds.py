@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from kube_kinds import REPOSITORY, install, manifest
 from kube_kit import ApiError, ApiServer
+from kube_states import SITE
 from publish_kit import Desk
 from signing_kit import signed
 
 from casparian_flow.kube.bundles import bundle_digest, from_inlined
 from casparian_flow.kube.emit import objects_for, to_yaml
+from casparian_flow.kube.manifests_provision import FINAL_CODES, provision_job
 from casparian_flow.kube.models import plugin_of
 from casparian_flow.kube.names import API_VERSION, BUNDLE_KEY
 from casparian_flow.trust.bundle import unpack
@@ -147,3 +150,11 @@ def test_objects_of_equal_names_in_two_namespaces_are_two(api: ApiServer, space:
         api.client.create(manifest("SourceRoot", where))
     api.client.delete(API_VERSION, "SourceRoot", "sales", other, gone=True)
     assert api.client.find(API_VERSION, "SourceRoot", "sales", space)
+
+
+def test_the_job_that_makes_an_environment_is_taken_with_its_final_exit_codes(
+    api: ApiServer, space: str
+) -> None:
+    job = provision_job(replace(SITE, storage_class="nfs"), space, "e" * 64, "sales")
+    (final, _) = api.client.create(job, dry_run=True)["spec"]["podFailurePolicy"]["rules"]
+    assert final["onExitCodes"]["values"] == list(FINAL_CODES)

@@ -16,7 +16,7 @@ from typing import Self
 
 from casparian_flow.config import Settings
 from casparian_flow.domain.clock import Clock
-from casparian_flow.domain.errors import NotFoundError
+from casparian_flow.domain.errors import LedgerError, NotFoundError
 from casparian_flow.domain.paths import text_to_path
 from casparian_flow.mcp_server.allow_list import AllowList
 from casparian_flow.mcp_server.query import QueryLimits
@@ -116,9 +116,11 @@ class Desk:
         os.close(descriptor)
         try:
             fetch_copy(control, Path(path))
-        except BaseException:
+        except BaseException as error:
             for left in (Path(path), Path(path + ".wal")):
                 left.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise LedgerError(f"no copy of the ledger here: {error.strerror}") from error
             raise
         return path
 
