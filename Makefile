@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck imports unit test-cluster cluster-up cluster-down cluster-tools next-duckdb soak format docs demo bench images wheel clean
+.PHONY: help setup test lint typecheck imports unit test-kube test-cluster cluster-up cluster-down cluster-tools next-duckdb soak format docs demo bench images wheel clean
 
 # List the targets.
 help:
@@ -32,7 +32,7 @@ $(STAMP): $(UV) uv.lock pyproject.toml
 	@touch $(STAMP)
 
 # Run every check and every test; what CI runs.
-test: lint typecheck imports unit next-duckdb
+test: lint typecheck imports unit test-kube next-duckdb
 	@printf '\nall green\n'
 
 # Check style and layout with ruff.
@@ -51,10 +51,15 @@ imports: setup
 	@printf '\n== import rules\n'
 	@$(BIN)/lint-imports --no-cache
 
-# Run pytest over all suites but those on a cluster.
+# Run pytest over all suites but those on Kubernetes.
 unit: setup
 	@printf '\n== pytest\n'
-	@$(BIN)/pytest -q --ignore=tests/cluster
+	@$(BIN)/pytest -q --ignore=tests/cluster --ignore=tests/kube_api --ignore=tests/chart
+
+# Run the tests on an API server without nodes: operator, kinds, chart.
+test-kube: setup
+	@printf '\n== on an API server\n'
+	@$(BIN)/pytest -q tests/kube_api tests/chart
 
 # Run the tests on a cluster, made for them if there is none.
 test-cluster: setup

@@ -273,7 +273,24 @@ def test_backups_and_tests_have_no_rights_at_all(rights: ApiServer) -> None:
         if item["kind"] in {"RoleBinding", "ClusterRoleBinding"}
         for subject in item["subjects"]
     }
-    assert bound == {"casparian-operator", "casparian-uninstall"}
+    assert bound == {"casparian-operator", "casparian-uninstall", "casparian-mcp"}
+
+
+def test_the_mcp_server_may_review_tokens_and_nothing_else(rights: ApiServer) -> None:
+    names = {
+        item["roleRef"]["name"]
+        for item in rendered("everything")
+        if item["kind"] in {"RoleBinding", "ClusterRoleBinding"}
+        and any(subject["name"] == "casparian-mcp" for subject in item["subjects"])
+    }
+    rules = [
+        rule
+        for item in rendered("everything")
+        if item["kind"] in {"Role", "ClusterRole"} and item["metadata"]["name"] in names
+        for rule in item["rules"]
+    ]
+    assert [(r["resources"], r["verbs"]) for r in rules] == [(["tokenreviews"], ["create"])]
+    assert _may(rights, "casparian-mcp", "create", "tokenreviews.authentication.k8s.io")
 
 
 def test_no_role_has_a_wildcard() -> None:
