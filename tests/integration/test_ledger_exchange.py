@@ -66,6 +66,19 @@ def test_an_export_never_overwrites(export: tuple[Path, str], tmp_path: Path) ->
         ledger.export_to(export[0])
 
 
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "a\0b", "file/below"], ids=["long", "nul", "in a file"]
+)
+def test_an_export_to_a_folder_that_cannot_be_is_a_mistake_of_the_caller(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    with Ledger.open(tmp_path / "ledger.duckdb", clock=CLOCK) as ledger:
+        with pytest.raises(UsageError, match="cannot write to the folder"):
+            ledger.export_to(tmp_path / name)
+        assert ledger.check() == []
+
+
 def test_an_import_wants_a_ledger_without_history(export: tuple[Path, str]) -> None:
     with Ledger.in_memory(clock=CLOCK) as ledger:
         insert_jobs(ledger, 1)

@@ -53,7 +53,7 @@ def commit_error(error: duckdb.Error, outcome_unknown: bool) -> CommitFailedErro
     return CommitFailedError(f"commit failed: {cause} ({_first_line(text)})", hint=hint)
 
 
-def export_error(folder: Path, error: duckdb.Error) -> LedgerUnavailableError:
+def export_error(folder: Path, error: duckdb.Error | OSError) -> LedgerUnavailableError:
     """Why an export could not be written to `folder`."""
     cause, _ = _cause(str(error))
     return LedgerUnavailableError(

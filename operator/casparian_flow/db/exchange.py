@@ -40,12 +40,9 @@ def export_tables(
 
     Raises:
         ConflictError: the folder holds something already.
+        UsageError: there can be no such folder, or it may not be used.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
-        raise ConflictError(
-            f"{directory} is not empty", hint="Give a new folder; nothing is overwritten."
-        )
+    _make_empty(directory)
     rows = {}
     for table in _tables(connection):
         target = _quote(str(directory / f"{table}.parquet"))
@@ -58,6 +55,22 @@ def export_tables(
     # Last, so that a broken export has none and is not taken for a whole one.
     (directory / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return rows
+
+
+def _make_empty(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        used = any(directory.iterdir())
+    except (OSError, ValueError) as error:  # a name may hold a NUL
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"cannot write to the folder {str(directory)[:200]!r}: {why}",
+            hint="Give a new folder, in one that may be written.",
+        ) from error
+    if used:
+        raise ConflictError(
+            f"{directory} is not empty", hint="Give a new folder; nothing is overwritten."
+        )
 
 
 def import_tables(connection: duckdb.DuckDBPyConnection, directory: Path) -> dict[str, Any]:

@@ -883,12 +883,13 @@ class Ledger:
 
         Raises:
             ConflictError: the folder is not empty.
+            UsageError: there can be no such folder.
             LedgerUnavailableError: it could not be written.
         """
         with self._reading():
             try:
                 return exchange.export_tables(self._connection, Path(directory), self.ledger_id)
-            except duckdb.IOException as error:
+            except (duckdb.IOException, OSError) as error:
                 raise export_error(Path(directory), error) from error
 
     def import_from(self, directory: str | Path) -> dict[str, Any]:
